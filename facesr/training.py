@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'train']
 
-# %% ../nbs/09_training.ipynb #e62381dc
+# %% ../nbs/09_training.ipynb #434a7f9e
 import io
 import math
 import pickle
@@ -32,7 +32,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #8b8c0d44
+# %% ../nbs/09_training.ipynb #ff7a1027
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -42,7 +42,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #0b6b9f60
+# %% ../nbs/09_training.ipynb #eed156c6
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -57,7 +57,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #76653556
+# %% ../nbs/09_training.ipynb #4301e6a2
 @dataclass
 class Progress:
     step: int = 0
@@ -85,7 +85,7 @@ SHOWN_EPOCHS = 8   # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #8739fa0b
+# %% ../nbs/09_training.ipynb #5a20b153
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -141,7 +141,7 @@ class Trainer:
         self.objective = Objective(
             config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_every, config.perceptual_ramp, config.seed
         ).to(accelerator.device, memory_format=torch.channels_last)
-        self.evaluator = Evaluator(lpips=("alex",), device=accelerator.device)
+        self.evaluator = Evaluator(lpips=("alex",), device=accelerator.device, groups=("primary",))
         self.progress = Progress()
 
     # ---- the loop

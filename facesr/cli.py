@@ -6,7 +6,7 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'NotebookError', 'execute', 'without_paths', 'write_report', 'study', 'train',
            'main']
 
-# %% ../nbs/12_cli.ipynb #ecbf3719
+# %% ../nbs/12_cli.ipynb #61272a1f
 import os
 import sys
 from pathlib import Path
@@ -17,13 +17,14 @@ import papermill
 import typer
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config as KernelConfig
 
 from .study import VARIANTS, resolve, run_folder, run_state, write_atomically
 from .training import train as train_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #6396dc4e
+# %% ../nbs/12_cli.ipynb #d5a1c1f4
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -37,9 +38,10 @@ def execute(
     if not notebook.is_file():
         raise FileNotFoundError(f"{notebook} is not there; run this in a clone of the repository, or name its folder of notebooks with --notebooks")
     executed.parent.mkdir(parents=True, exist_ok=True)
+    private = KernelConfig({"KernelManager": {"transport": "ipc"}})   # the kernel talks through files of this user, not through open ports
     try:
         papermill.execute_notebook(
-            notebook, executed, parameters, cwd=str(notebook.parent), progress_bar=False, log_output=False, stdout_file=sys.stdout, stderr_file=sys.stderr
+            notebook, executed, parameters, cwd=str(notebook.parent), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, config=private
         )
     except PapermillExecutionError as error:
         raise NotebookError(error.evalue) from None
@@ -63,7 +65,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #a53e5efd
+# %% ../nbs/12_cli.ipynb #eb79cdc4
 Preset = Annotated[str, typer.Option(help="What all variants share: smoke, quick, celeba-cpu, paper.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
@@ -107,7 +109,7 @@ def train(
     out: Out = Path("results"),
     set: Annotated[list[str], typer.Option(help="Any other parameter as NAME=VALUE; may be repeated.")] = [],
 ):
-    "One run without a notebook; on several GPUs: accelerate launch -m facesr.cli train ..."
+    "One run without a notebook; on several GPUs: accelerate launch $(which facesr) train ..."
     if wrong := [item for item in set if "=" not in item]:
         raise ValueError(f"--set {wrong[0]}: it has to be NAME=VALUE, for example --set epochs=3")
     overrides = dict(item.split("=", 1) for item in set)
@@ -124,7 +126,3 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

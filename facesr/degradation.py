@@ -6,13 +6,13 @@
 __all__ = ['HR_SIZE', 'LR_SIZE', 'PYRAMID_SIZES', 'KERNELS', 'INTERPOLATIONS', 'hr_face', 'pyramid', 'degrade', 'to_float',
            'to_uint8', 'interpolate']
 
-# %% ../nbs/00_degradation.ipynb #0e18ce43
+# %% ../nbs/00_degradation.ipynb #0a506a8c
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-# %% ../nbs/00_degradation.ipynb #fffd4581
+# %% ../nbs/00_degradation.ipynb #9f29f43e
 HR_SIZE, LR_SIZE = 128, 16          # pixels a side: the target and the input of the study
 PYRAMID_SIZES = (128, 64, 32, 16)   # the target, the two intermediate targets, the input
 
@@ -27,7 +27,7 @@ def hr_face(
     square = image.convert("RGB").crop((left, top, left + side, top + side))
     return square.resize((HR_SIZE, HR_SIZE), Image.Resampling.BILINEAR)
 
-# %% ../nbs/00_degradation.ipynb #948c45a6
+# %% ../nbs/00_degradation.ipynb #29b655ce
 KERNELS = {
     "bilinear-cascade": "PIL bilinear, halved step by step with 8-bit rounding (Kim et al., the study)",
     "bicubic": "PIL bicubic, from 128 to each size directly",
@@ -61,7 +61,7 @@ def degrade(
     "The network's input: the smallest level of the `pyramid`."
     return pyramid(hr, kernel)[LR_SIZE]
 
-# %% ../nbs/00_degradation.ipynb #e620a095
+# %% ../nbs/00_degradation.ipynb #f0a02336
 def to_float(
     pixels: Tensor,  # uint8, any shape
 ) -> Tensor:         # float32 in [-1, 1]
@@ -75,7 +75,7 @@ def to_uint8(
     "The network's output as it would be saved: clamped to [-1, 1] and rounded to 8 bit."
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# %% ../nbs/00_degradation.ipynb #d9854076
+# %% ../nbs/00_degradation.ipynb #471c750e
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 

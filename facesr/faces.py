@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'find_data', 'read_partition', 'read_identities', 'read_attributes',
            'FaceSet', 'find_faces', 'read_image', 'Pixels', 'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #7854267e
+# %% ../nbs/01_faces.ipynb #c8c4607b
 import hashlib
 import os
 import random
@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #4f8d55ce
+# %% ../nbs/01_faces.ipynb #07c9a0a6
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -46,7 +46,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #7465c65e
+# %% ../nbs/01_faces.ipynb #bdbd31be
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -99,7 +99,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #6099a695
+# %% ../nbs/01_faces.ipynb #67f71ec1
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -175,7 +175,7 @@ def find_faces(
         attributes = read_attributes(attribute_file)
     return FaceSet(images, table, origin, reason, missing, attributes)
 
-# %% ../nbs/01_faces.ipynb #dc760fdb
+# %% ../nbs/01_faces.ipynb #8c5dc2dd
 MAX_PIXELS = 50_000_000
 
 
@@ -238,7 +238,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #e03d059e
+# %% ../nbs/01_faces.ipynb #b2b55352
 @dataclass
 class Batch:
     "Faces that go through the network together."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pixel_loss', 'PerceptualLoss', 'random_crop', 'Loss', 'Objective']
 
-# %% ../nbs/06_losses.ipynb #1fa26790
+# %% ../nbs/06_losses.ipynb #832c3849
 import random
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 from .faces import Batch
 from .perceptual import VGGFeatures
 
-# %% ../nbs/06_losses.ipynb #25d0bd32
+# %% ../nbs/06_losses.ipynb #0571b5a5
 def pixel_loss(
     sr: Tensor,  # [B, 3, H, W] in [-1, 1]
     hr: Tensor,  # same shape
@@ -24,7 +24,7 @@ def pixel_loss(
     "Mean squared error."
     return functional.mse_loss(sr, hr)
 
-# %% ../nbs/06_losses.ipynb #78b2e1ef
+# %% ../nbs/06_losses.ipynb #8a8b32e6
 class PerceptualLoss(nn.Module):
     "Sum over layers of the mean squared difference of VGG16 features."
 
@@ -41,7 +41,7 @@ class PerceptualLoss(nn.Module):
             target = self.features(hr)
         return sum(functional.mse_loss(seen, target[layer]) for layer, seen in self.features(sr).items())
 
-# %% ../nbs/06_losses.ipynb #7b45c8e3
+# %% ../nbs/06_losses.ipynb #f994e55f
 def random_crop(
     *images: Tensor,  # [B, C, H, W], all of one size
     size: int,        # pixels a side of the crop, at most H and W
@@ -53,7 +53,7 @@ def random_crop(
     top, left = rng.randint(0, height - size), rng.randint(0, width - size)
     return [image[..., top : top + size, left : left + size] for image in images]
 
-# %% ../nbs/06_losses.ipynb #6a60e783
+# %% ../nbs/06_losses.ipynb #73b3cc61
 @dataclass
 class Loss:
     "What one step minimises, and what it is made of."

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'PRESETS', 'RUN_FILES', 'Config', 'resolve', 'given_parameters', 'run_folder', 'run_state', 'CompleteRun',
            'find_runs', 'write_atomically', 'write_json', 'provenance']
 
-# %% ../nbs/08_study.ipynb #32cd7303
+# %% ../nbs/08_study.ipynb #7b1f20e0
 import difflib
 import json
 import os
@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .degradation import KERNELS
 from .model import CONVS
 
-# %% ../nbs/08_study.ipynb #9d4a1e76
+# %% ../nbs/08_study.ipynb #e222704e
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},  # MSE + perceptual
 }
 
-# %% ../nbs/08_study.ipynb #da302a0e
+# %% ../nbs/08_study.ipynb #1514e48d
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "train_faces": 32, "val_faces": 8, "test_faces": 8,
@@ -52,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../nbs/08_study.ipynb #8c24baa1
+# %% ../nbs/08_study.ipynb #5587d790
 class Config(BaseModel):
     "All parameters of one run. The defaults are those of the CPU presets; `resolve` makes the configuration of a variant under a preset."
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -126,7 +127,7 @@ def resolve(
         raise ValueError("pixel_weight and perceptual_weight are both 0; at least one term has to be minimised")
     return config
 
-# %% ../nbs/08_study.ipynb #d6b568ec
+# %% ../nbs/08_study.ipynb #4b3746e9
 def given_parameters(
     namespace: Mapping[str, Any],  # `globals()` of the notebook
     before: set[str],              # names that were there before its parameters cell
@@ -134,7 +135,7 @@ def given_parameters(
     "The parameters of a notebook, those injected by papermill included."
     return {name: value for name, value in namespace.items() if name not in before and name != "before" and not name.startswith("_")}
 
-# %% ../nbs/08_study.ipynb #8280f6b9
+# %% ../nbs/08_study.ipynb #a9ff176e
 RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
 
 
@@ -208,13 +209,13 @@ def write_atomically(
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-# %% ../nbs/08_study.ipynb #fcd4b3f3
+# %% ../nbs/08_study.ipynb #72897c37
 _PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "numpy", "pillow")
 
 
 def _commit() -> str | None:
     "The git commit of the source in use, with a + when it has been changed since; None outside a repository."
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=30).stdout.strip()
+    git = lambda *args: subprocess.run(["git", "-C", str(files("facesr")), *args], capture_output=True, text=True, timeout=30).stdout.strip()
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
         return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/facesr", ":/nbs") else "")

@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'train']
 
-# %% ../nbs/09_training.ipynb #434a7f9e
+# %% ../nbs/09_training.ipynb #7fb168d6
 import io
 import math
 import pickle
@@ -32,7 +32,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #ff7a1027
+# %% ../nbs/09_training.ipynb #fa69ec7b
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -42,7 +42,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #eed156c6
+# %% ../nbs/09_training.ipynb #c633fe50
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -57,7 +57,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #4301e6a2
+# %% ../nbs/09_training.ipynb #5a1f21f3
 @dataclass
 class Progress:
     step: int = 0
@@ -85,7 +85,7 @@ SHOWN_EPOCHS = 8   # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #5a20b153
+# %% ../nbs/09_training.ipynb #b62ae4c8
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -188,6 +188,7 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         progress = self.progress
+        progress.sums = {name: self.accelerator.reduce(total, "mean") for name, total in progress.sums.items()}   # over devices
         means = progress.means()
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f"the loss is no longer a number in epoch {epoch + 1} ({means}); a lower learning_rate than {self.config.learning_rate} should help")
@@ -296,7 +297,7 @@ class Trainer:
         write_json(self._path("config.json"), {
             "config": self.config.model_dump(),
             "network": self.network.settings,
-            "faces": {"origin": self.faces.origin, "missing": self.faces.missing,
+            "faces": {"origin": self.faces.origin, "reason": self.faces.reason, "missing": self.faces.missing,
                       "splits": {split: {"used": len(p.names), "skipped": len(p.skipped), "sha256": p.fingerprint} for split, p in self.pixels.items()}},
             **self.provenance,
         })

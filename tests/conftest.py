@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FACESR = str(Path(sys.executable).with_name("facesr"))   # the command of this environment
 BUNDLED = ROOT / "facesr" / "assets" / "faces"
 
 
@@ -23,7 +24,7 @@ def facesr():
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
 
     def run(*arguments, **options):
-        command = [sys.executable, "-m", "facesr.cli", *map(str, arguments)]
+        command = [FACESR, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment | options.pop("env", {}), capture_output=True, text=True, timeout=900, **options)
 
     run.environment = environment

@@ -3,19 +3,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FACESR, ROOT
 
 SMOKE = ("train", "baseline", "--preset", "smoke", "--set", "epochs=4", "--set", "checkpoint_minutes=0")
 
 
 def start(facesr, out):
-    return subprocess.Popen([sys.executable, "-m", "facesr.cli", *SMOKE, "--out", str(out)], cwd=ROOT, env=facesr.environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([FACESR, *SMOKE, "--out", str(out)], cwd=ROOT, env=facesr.environment, stdout=subprocess.DEVNULL)
 
 
 def step_of(checkpoint):
@@ -27,7 +26,7 @@ def whole(tmp_path_factory):
     "The run that nothing disturbed."
     out = tmp_path_factory.mktemp("whole")
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
-    subprocess.run([sys.executable, "-m", "facesr.cli", *SMOKE, "--out", str(out)], cwd=ROOT, env=environment, check=True, timeout=900)
+    subprocess.run([FACESR, *SMOKE, "--out", str(out)], cwd=ROOT, env=environment, check=True, timeout=900)
     return out / "smoke" / "baseline" / "seed0"
 
 
@@ -63,7 +62,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
     "Files are limited to a size the checkpoint does not fit in: writing fails as on a full disk."
     checkpoint = tmp_path / "smoke" / "baseline" / "seed0" / "checkpoint" / "state.pt"
     limited = subprocess.run(
-        ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", sys.executable, "-m", "facesr.cli", *SMOKE, "--out", str(tmp_path)],
+        ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", FACESR, *SMOKE, "--out", str(tmp_path)],
         cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
     assert limited.returncode == 1
     last = limited.stderr.strip().splitlines()[-1]

@@ -7,6 +7,8 @@ SEED   ?= 0
 DATA   ?=
 OUT    ?= results
 PYTHON ?= python3
+SHELL  := bash
+.SHELLFLAGS := -euo pipefail -c
 
 bin    := .venv/bin
 export PATH := $(CURDIR)/$(bin):$(PATH)
@@ -35,7 +37,7 @@ prepare: .venv/ready
 	mv README.md.part README.md
 
 test: .venv/ready
-	@git diff > .venv/before.diff; $(MAKE) --no-print-directory prepare; git diff > .venv/after.diff
+	@git diff > .venv/before.diff && $(MAKE) --no-print-directory prepare && git diff > .venv/after.diff
 	@cmp -s .venv/before.diff .venv/after.diff || { git status --short --untracked-files=no; \
 	  echo 'notebooks, exported modules and README are out of step; "make prepare" has just mended that: look at git diff and commit' >&2; exit 1; }
 	$(bin)/nbdev_test --n_workers 1 --do_print

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'PRESETS', 'RUN_FILES', 'Config', 'resolve', 'given_parameters', 'run_folder', 'run_state', 'CompleteRun',
            'find_runs', 'write_atomically', 'write_json', 'provenance']
 
-# %% ../nbs/08_study.ipynb #7b1f20e0
+# %% ../nbs/08_study.ipynb #4c31b80d
 import difflib
 import json
 import os
@@ -25,20 +25,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .degradation import KERNELS
 from .model import CONVS
 
-# %% ../nbs/08_study.ipynb #e222704e
+# %% ../nbs/08_study.ipynb #c190c3d7
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},  # MSE + perceptual
 }
 
-# %% ../nbs/08_study.ipynb #1514e48d
+# %% ../nbs/08_study.ipynb #e1bce5dc
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "train_faces": 32, "val_faces": 8, "test_faces": 8,
         "epochs": 2, "batch_size": 8, "width": 16, "blocks": 1, "perceptual_every": 2,
     },
     "quick": {
-        "train_faces": 1_000, "val_faces": 100, "test_faces": 100,
-        "epochs": 10, "batch_size": 16, "width": 64,
+        "train_faces": 1_000, "val_faces": 50, "test_faces": 100,
+        "epochs": 9, "batch_size": 8, "learning_rate": 3e-3, "width": 64, "blocks": 2, "perceptual_weight": 0.001, "perceptual_every": 16,
     },
     "celeba-cpu": {
         "needs_celeba": True,
@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../nbs/08_study.ipynb #5587d790
+# %% ../nbs/08_study.ipynb #a4197405
 class Config(BaseModel):
     "All parameters of one run. The defaults are those of the CPU presets; `resolve` makes the configuration of a variant under a preset."
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -72,8 +72,8 @@ class Config(BaseModel):
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
-    width: int | None = Field(None, ge=8, multiple_of=8, description="channels at 16x16; None: the default of conv")
-    blocks: int | None = Field(None, ge=1, description="residual blocks; None: the default of conv")
+    width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16; None: the default of conv")
+    blocks: int | None = Field(None, ge=1, le=32, description="residual blocks; None: the default of conv")
     # objective
     pixel_weight: float = Field(1.0, ge=0, description="of the mean squared error")
     perceptual_weight: float = Field(0.002, ge=0, description="of the VGG16 error; 0: without VGG")
@@ -90,6 +90,15 @@ class Config(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="autocast of the training step")
     # bookkeeping: changes nothing about the result
     checkpoint_minutes: float = Field(3.0, ge=0, description="between checkpoints; what an interruption can cost")
+
+    def settings(self) -> dict[str, Any]:
+        "What decides the result: every parameter but bookkeeping."
+        return self.model_dump(exclude={"checkpoint_minutes", "skip_unreadable"})
+
+    @field_validator("train_faces", "val_faces", "test_faces", "width", "blocks", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value   # from the command line
 
     @field_validator("variant", "preset", "degradation", "conv")
     @classmethod
@@ -127,15 +136,15 @@ def resolve(
         raise ValueError("pixel_weight and perceptual_weight are both 0; at least one term has to be minimised")
     return config
 
-# %% ../nbs/08_study.ipynb #4b3746e9
+# %% ../nbs/08_study.ipynb #04fee4b4
 def given_parameters(
     namespace: Mapping[str, Any],  # `globals()` of the notebook
     before: set[str],              # names that were there before its parameters cell
 ) -> dict[str, Any]:               # what the parameters cells defined
     "The parameters of a notebook, those injected by papermill included."
-    return {name: value for name, value in namespace.items() if name not in before and name != "before" and not name.startswith("_")}
+    return {name: value for name, value in namespace.items() if name not in before | {"before", "parameters"} and not name.startswith("_")}
 
-# %% ../nbs/08_study.ipynb #a9ff176e
+# %% ../nbs/08_study.ipynb #72bc1ab5
 RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
 
 
@@ -193,23 +202,24 @@ def write_atomically(
     content: str | bytes,
 ) -> None:
     "Write a file whole or not at all. Raises OSError that names the file."
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror or error}; make room or choose another folder, and start again") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-# %% ../nbs/08_study.ipynb #72897c37
+# %% ../nbs/08_study.ipynb #1d08148f
 _PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "numpy", "pillow")
 
 

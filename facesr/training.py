@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
-           'train']
+           'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #7fb168d6
+# %% ../nbs/09_training.ipynb #695e1bc1
 import io
+import json
 import math
 import pickle
 import time
@@ -26,13 +27,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .degradation import to_float, to_uint8
-from .faces import EpochBatches, FaceDataset, FaceSet, Pixels, find_faces, read_pixels
+from .faces import EpochBatches, FaceDataset, FaceSet, Pixels, find_data, find_faces, read_pixels
 from .losses import Objective
 from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #fa69ec7b
+# %% ../nbs/09_training.ipynb #5b7c5cca
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -42,7 +43,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #c633fe50
+# %% ../nbs/09_training.ipynb #546bd83b
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -57,7 +58,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #5a1f21f3
+# %% ../nbs/09_training.ipynb #c80e8534
 @dataclass
 class Progress:
     step: int = 0
@@ -67,7 +68,8 @@ class Progress:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)          # of each loss term over this epoch
     counts: dict[str, int] = field(default_factory=dict)           # how often each was computed in this epoch
-    seconds: float = 0.0                                           # spent training in this epoch
+    seconds: float = 0.0                                           # spent in the steps of this epoch
+    commits: list[str] = field(default_factory=list)               # of the source that took part, in the order of use
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -79,13 +81,13 @@ class Progress:
 
 
 FIXED_FACES = 6    # validation faces that are shown across epochs: the first by name
-SHOWN_EPOCHS = 8   # epochs that are kept for that picture, evenly spread, the last among them
+SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the last among them
 
 
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #b62ae4c8
+# %% ../nbs/09_training.ipynb #7f655591
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -97,16 +99,21 @@ class Trainer:
         report: Callable[[str], None] = print, # gets a line now and then
     ):
         self.config, self.report, self.provenance = config, report, provenance()
+        self.root = find_data(data)[0].resolve()
         self.folder = run_folder(out, config)
         self.work = self.folder / "checkpoint"
+        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("mixed_precision is 'fp16', which needs a GPU; allowed on this machine are 'no' and 'bf16'")
         try:
             self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        except ValueError as error:
-            raise ValueError(f"mixed_precision is {config.mixed_precision!r}, which this machine cannot do ({error}); allowed everywhere is 'no'") from error
+        except ValueError as error:   # accelerate keeps one precision a process
+            raise ValueError(f"mixed_precision is {config.mixed_precision!r}, and this process has already trained with another; restart it, or the kernel") from error
         self.main = self.accelerator.is_main_process
         self._read_faces(data)
         self._build()
         self._resume()
+        if self.main:   # before any work: a folder that cannot be written to is found out now
+            write_json(self.work / "config.json", {"config": config.model_dump()})
 
     def _say(self, line: str) -> None:
         if self.main:
@@ -164,13 +171,13 @@ class Trainer:
                 self.progress.seconds += now - tick
                 if now - line >= line_every:
                     line = now
-                    self._say(self._line(epoch, (now - started) / (self.progress.step - first)))
+                    self._say_where(epoch, (now - started) / (self.progress.step - first))
                 if now - saved >= 60 * self.config.checkpoint_minutes:
                     self.save()
                     saved = time.monotonic()
             self._end_epoch(epoch)
             self.save()
-            self._say(self._line(epoch, (time.monotonic() - started) / max(1, self.progress.step - first)))
+            self._say_where(epoch, (time.monotonic() - started) / max(1, self.progress.step - first))
             if show and self.main:
                 show(self)
 
@@ -206,13 +213,14 @@ class Trainer:
                 fixed = to_float(self.pixels["val"].levels[16][:FIXED_FACES]).to(self.accelerator.device)
                 with torch.inference_mode():
                     progress.frames[epoch + 1] = to_uint8(self.ema.module(fixed).float()).cpu()
-            progress_figure(self).savefig(self._path("progress.png"), dpi=100)
-            write_atomically(self._path("history.csv"), pd.DataFrame(progress.history).to_csv(index=False))
+            self._write_progress()
         else:
             progress.history.append({})
         progress.sums, progress.counts, progress.seconds = {}, {}, 0.0
 
-    def _line(self, epoch: int, seconds_a_step: float) -> str:
+    def _say_where(self, epoch: int, seconds_a_step: float) -> None:
+        if not self.main:
+            return
         progress, steps = self.progress, len(self.batches)
         if len(progress.history) > epoch:
             row = progress.history[epoch]
@@ -224,20 +232,21 @@ class Trainer:
             what, terms, score = f"epoch {epoch + 1}/{self.config.epochs}, step {progress.step - epoch * steps}/{steps}", progress.means(), ""
             rate = self.config.batch_size / seconds_a_step
         left = (self.total_steps - progress.step) * seconds_a_step
-        return f"{what}: {', '.join(f'{name} {value:.4g}' for name, value in terms.items())}{score} | {rate:.0f} faces/s, {_duration(left)} left"
+        self.report(f"{what}: {', '.join(f'{name} {value:.4g}' for name, value in terms.items())}{score} | {rate:.0f} faces/s, {_duration(left)} left")
+
+    def _write_progress(self) -> None:
+        "What one may look at while the run is going on."
+        picture = io.BytesIO()
+        progress_figure(self).savefig(picture, dpi=100)
+        write_atomically(self.work / "progress.png", picture.getvalue())
+        write_atomically(self.work / "history.csv", pd.DataFrame(self.progress.history).to_csv(index=False))
 
     # ---- checkpoints
-
-    def _path(self, name: str) -> Path:
-        "A file of this run while it is going on."
-        self.work.mkdir(parents=True, exist_ok=True)
-        return self.work / name
 
     @property
     def identity(self) -> dict[str, Any]:
         "What has to be the same for a run to be continued."
-        config = self.config.model_dump(exclude={"checkpoint_minutes", "skip_unreadable"})
-        return config | {f"{split} faces": pixels.fingerprint for split, pixels in self.pixels.items()}
+        return self.config.settings() | {f"{split} faces": pixels.fingerprint for split, pixels in self.pixels.items()}
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all."
@@ -249,28 +258,36 @@ class Trainer:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomically(self._path("state.pt"), buffer.getvalue())
+        write_atomically(self.work / "state.pt", buffer.getvalue())
+        (self.work / "complete").unlink(missing_ok=True)   # a complete run that is trained again
 
     def _resume(self) -> None:
         "Go on where an earlier process stopped, if there is a checkpoint of this very run."
         path = self.work / "state.pt"
         if not path.exists():
+            self._note_commit()
             return
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             then, now = state["identity"], self.identity
         except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"the checkpoint {path} cannot be read ({type(error).__name__}); remove it to start this run anew") from error
         if then != now:
-            changed = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in now if then.get(key) != now.get(key))
-            raise ValueError(f"{self.work} holds a run with other settings ({changed}); start with those, choose another out, or remove that folder")
+            raise ValueError(f"{self.work} holds a run with other settings ({differences(then, now)}); start with those, choose another out, or remove that folder")
         self.network.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.progress.sums = {name: total.to(self.accelerator.device) for name, total in self.progress.sums.items()}
+        self._note_commit()
         self._say(f"continuing {self.folder.name} at step {self.progress.step:,} of {self.total_steps:,}")
+
+    def _note_commit(self) -> None:
+        commit = self.provenance["commit"]
+        if commit and self.progress.commits[-1:] != [commit]:
+            self.progress.commits.append(commit)
 
     # ---- the end
 
@@ -288,20 +305,21 @@ class Trainer:
             return pd.DataFrame()
         model, test = self.best_model().to(self.accelerator.device), self.pixels["test"]
         self._say(f"testing the weights of epoch {self.progress.best_epoch} on {len(test.names):,} faces")
-        table = evaluate(predict(model, test, self.accelerator.device), Evaluator(device=self.accelerator.device))
+        table = evaluate(predict(model, test, self.accelerator.device), Evaluator(device=self.accelerator.device, kernel=self.config.degradation))
         identities = self.faces.identities(table["name"])
         table.insert(1, "identity", identities if min(identities) >= 0 else None)
         history = pd.DataFrame(self.progress.history)
-        write_atomically(self._path("model.safetensors"), model_bytes(model))
-        write_atomically(self._path("per_image.csv"), table.to_csv(index=False, float_format="%.6g"))
-        write_json(self._path("config.json"), {
+        self._write_progress()
+        write_atomically(self.work / "model.safetensors", model_bytes(model))
+        write_atomically(self.work / "per_image.csv", table.to_csv(index=False, float_format="%.6g"))
+        write_json(self.work / "config.json", {
             "config": self.config.model_dump(),
             "network": self.network.settings,
             "faces": {"origin": self.faces.origin, "reason": self.faces.reason, "missing": self.faces.missing,
                       "splits": {split: {"used": len(p.names), "skipped": len(p.skipped), "sha256": p.fingerprint} for split, p in self.pixels.items()}},
-            **self.provenance,
+            **self.provenance, "commits": self.progress.commits,
         })
-        write_json(self._path("metrics.json"), {
+        write_json(self.work / "metrics.json", {
             "variant": self.config.variant, "preset": self.config.preset, "seed": self.config.seed,
             "best_epoch": self.progress.best_epoch, "rule": "highest mean PSNR on the validation faces",
             "validation": history.set_index("epoch").loc[self.progress.best_epoch].filter(like="val_").to_dict(),
@@ -309,8 +327,8 @@ class Trainer:
             "parameters": parameter_count(model), "gmac": gmac(model.cpu()), "training_seconds": float(history["seconds"].sum()),
         })
         for name in RUN_FILES:
-            self._path(name).replace(self.folder / name)
-        write_atomically(self._path("complete"), "this run was made on this machine\n")
+            (self.work / name).replace(self.folder / name)
+        write_json(self.work / "complete", made_of(self.config, self.root))
         (self.work / "state.pt").unlink()
         return table
 
@@ -338,6 +356,29 @@ def progress_figure(trainer: Trainer) -> Figure:
     return figure
 
 
+def made_of(config: Config, root: Path) -> dict[str, Any]:
+    "What tells a complete run from another one in the same folder."
+    return config.settings() | {"data": str(root)}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in {**then, **now} if then.get(key) != now.get(key))
+
+
+def is_complete(
+    folder: Path,               # of the run
+    config: Config,
+    data: str | Path | None = None,
+) -> bool:
+    "Whether this very run has been made on this machine. Raises ValueError when the folder holds a complete run with other settings or faces."
+    if run_state(folder) != "complete":
+        return False
+    then, now = json.loads((folder / "checkpoint" / "complete").read_text()), made_of(config, find_data(data)[0].resolve())
+    if then != now:
+        raise ValueError(f"{folder} is a complete run with other settings ({differences(then, now)}); choose another folder for results, or remove that one")
+    return True
+
+
 def train(
     config: Config,
     data: str | Path | None = None,        # see `facesr.faces.find_data`
@@ -346,7 +387,7 @@ def train(
 ) -> Path:                                 # the run's folder
     "A whole run, from faces to published results, going on where it was interrupted. Does nothing when it is complete on this machine."
     folder = run_folder(out, config)
-    if run_state(folder) != "complete":
+    if not is_complete(folder, config, data):
         trainer = Trainer(config, data, out, report)
         trainer.fit()
         trainer.finish()

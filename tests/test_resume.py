@@ -68,3 +68,20 @@ def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
     last = limited.stderr.strip().splitlines()[-1]
     assert "state.pt cannot be written" in last and "make room" in last
     assert not checkpoint.exists() and not list(checkpoint.parent.glob("*.part"))
+
+
+def test_a_killed_study_goes_on(tmp_path):
+    "The same through papermill: the whole process group of `facesr study` is killed, kernel included."
+    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
+    command = [FACESR, "study", "--preset", "smoke", "--out", str(tmp_path)]
+    run = tmp_path / "smoke" / "baseline" / "seed0"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (run / "checkpoint" / "state.pt").exists():
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert "continuing seed0 at step" in again.stdout or "is complete" in again.stdout
+    assert (run / "train.ipynb").exists() and (tmp_path / "smoke" / "report.html").exists()

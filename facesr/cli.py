@@ -6,7 +6,7 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'NotebookError', 'execute', 'as_published', 'write_report', 'study', 'train',
            'main']
 
-# %% ../nbs/12_cli.ipynb #5701cd2c
+# %% ../nbs/12_cli.ipynb #b8c972a4
 import os
 import sys
 from pathlib import Path
@@ -24,9 +24,9 @@ from .study import PRESETS, VARIANTS, resolve, run_folder, write_atomically
 from .training import is_complete
 from .training import train as train_run
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #6dd74eba
+# %% ../nbs/12_cli.ipynb #f13b1482
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -69,7 +69,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #e596fa86
+# %% ../nbs/12_cli.ipynb #9fc10a04
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]

@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #695e1bc1
+# %% ../nbs/09_training.ipynb #f2d944f1
 import io
 import json
 import math
@@ -33,7 +33,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #5b7c5cca
+# %% ../nbs/09_training.ipynb #15282757
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -43,7 +43,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #546bd83b
+# %% ../nbs/09_training.ipynb #16a8c352
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -58,7 +58,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #c80e8534
+# %% ../nbs/09_training.ipynb #9c0d8bea
 @dataclass
 class Progress:
     step: int = 0
@@ -87,7 +87,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #7f655591
+# %% ../nbs/09_training.ipynb #8c0a01d2
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -270,7 +270,7 @@ class Trainer:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             then, now = state["identity"], self.identity
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"the checkpoint {path} cannot be read ({type(error).__name__}); remove it to start this run anew") from error
         if then != now:
             raise ValueError(f"{self.work} holds a run with other settings ({differences(then, now)}); start with those, choose another out, or remove that folder")

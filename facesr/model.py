@@ -7,7 +7,7 @@ __all__ = ['CONVS', 'activation', 'double_conv', 'DenseResidual', 'DenseMerge', 
            'SeparableMerge', 'channels_last', 'SuperResolutionUNet', 'parameter_count', 'gmac', 'model_bytes',
            'load_model']
 
-# %% ../nbs/04_model.ipynb #b3a77f54
+# %% ../nbs/04_model.ipynb #11c4ee63
 import json
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-# %% ../nbs/04_model.ipynb #72e47f52
+# %% ../nbs/04_model.ipynb #46fa1842
 def activation() -> nn.Module:
     return nn.LeakyReLU(0.2)
 
@@ -53,7 +53,7 @@ class DenseMerge(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.body(torch.cat([functional.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
 
-# %% ../nbs/04_model.ipynb #9ad1ec7c
+# %% ../nbs/04_model.ipynb #0b297a3c
 class SeparableResidual(nn.Module):
     "x + scale * separable(act(separable(x))), with a learnt scale that starts at 0.2 and keeps deep stacks calm without normalisation."
 
@@ -87,7 +87,7 @@ class SeparableMerge(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.body(torch.cat([self.up(x), skip], dim=1))
 
-# %% ../nbs/04_model.ipynb #2abda514
+# %% ../nbs/04_model.ipynb #e49aecfb
 CONVS = {
     "separable": {"width": 128, "blocks": 3},  # 16 px: 128 channels; 8: 224; 4: 320; then 32: 64 and 64: 32
     "standard": {"width": 48, "blocks": 5},    # the study's: 48 to 384 channels, five blocks at 128 px
@@ -172,7 +172,7 @@ def gmac(model: nn.Module) -> float:
         model(torch.zeros(1, 3, 16, 16))
     return counter.get_total_flops() / 2 / 1e9
 
-# %% ../nbs/04_model.ipynb #0631d3b8
+# %% ../nbs/04_model.ipynb #e48274b1
 def model_bytes(model: SuperResolutionUNet) -> bytes:
     "The network as a safetensors file: weights, and its settings in the header."
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}

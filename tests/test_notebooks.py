@@ -31,7 +31,7 @@ def test_the_study_ends_with_a_report(facesr, results):
     for word in ("baseline", "bicubic", "bilinear", "LPIPS", "What this does not show"):
         assert word in report
     assert report.count("data:image/png") >= 5 and "Traceback" not in report
-    assert str(ROOT) not in report and str(results) not in (run / "train.ipynb").read_text().replace(json.dumps(str(results))[1:-1], "", 1)
+    assert str(ROOT) not in report and str(ROOT) not in (run / "train.ipynb").read_text()
 
 
 def test_the_study_run_again_trains_nothing(facesr, results):

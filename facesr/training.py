@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #f2d944f1
+# %% ../nbs/09_training.ipynb #12e7006d
 import io
 import json
 import math
@@ -33,7 +33,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #15282757
+# %% ../nbs/09_training.ipynb #4e99fc1f
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -43,12 +43,12 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #16a8c352
+# %% ../nbs/09_training.ipynb #0d087a26
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
     device: torch.device | str = "cpu",
-    batch_size: int = 50,
+    batch_size: int = 10,               # so many at a time stay in a processor's cache, which is what VGG16's LPIPS is waiting for
 ) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
     "Batches of (names, sr float in [-1, 1], hr uint8, lr uint8), on the CPU."
     for start in range(0, len(pixels.names), batch_size):
@@ -58,7 +58,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #9c0d8bea
+# %% ../nbs/09_training.ipynb #5e06cac8
 @dataclass
 class Progress:
     step: int = 0
@@ -87,7 +87,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #8c0a01d2
+# %% ../nbs/09_training.ipynb #af3f4333
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 

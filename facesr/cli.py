@@ -6,10 +6,11 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'NotebookError', 'execute', 'as_published', 'write_report', 'study', 'train',
            'main']
 
-# %% ../nbs/12_cli.ipynb #b8c972a4
+# %% ../nbs/12_cli.ipynb #3478bfb3
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import nbformat
@@ -26,7 +27,7 @@ from .training import train as train_run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #f13b1482
+# %% ../nbs/12_cli.ipynb #dd80fca9
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -40,11 +41,12 @@ def execute(
     if not notebook.is_file():
         raise FileNotFoundError(f"{notebook} is not there; run this in a clone of the repository, or name its folder of notebooks with --notebooks")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    local = KernelConfig({"KernelManager": {"transport": "ipc"}})   # sockets in the file system: no open ports, no warning about them
     try:
-        papermill.execute_notebook(
-            notebook, executed, parameters, cwd=str(notebook.parent), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, config=local
-        )
+        with TemporaryDirectory() as sockets:   # the kernel is spoken to through files of this user: no open ports, and no warning about them
+            private = KernelConfig({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+            papermill.execute_notebook(
+                notebook, executed, parameters, cwd=str(notebook.parent), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, config=private
+            )
     except PapermillExecutionError as error:
         raise NotebookError(error.evalue) from None
 
@@ -69,7 +71,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #9fc10a04
+# %% ../nbs/12_cli.ipynb #b1d20fa0
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]

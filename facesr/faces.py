@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'find_data', 're
            'read_attributes', 'FaceSet', 'find_faces', 'read_image', 'Pixels', 'read_pixels', 'Batch', 'FaceDataset',
            'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #282f52c6
+# %% ../nbs/01_faces.ipynb #f0390fa2
 import hashlib
 import os
 import random
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #5f70a667
+# %% ../nbs/01_faces.ipynb #322eeed6
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #e4443305
+# %% ../nbs/01_faces.ipynb #a52f978d
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #2421dda7
+# %% ../nbs/01_faces.ipynb #98293f3b
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -179,7 +179,7 @@ def find_faces(
         attributes = read_attributes(attribute_file)
     return FaceSet(images, table, origin, reason, missing, attributes)
 
-# %% ../nbs/01_faces.ipynb #883925ba
+# %% ../nbs/01_faces.ipynb #d987e646
 MAX_PIXELS = 50_000_000
 
 
@@ -244,7 +244,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #12ba482d
+# %% ../nbs/01_faces.ipynb #d7afee93
 @dataclass
 class Batch:
     "Faces that go through the network together."

@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #12e7006d
+# %% ../nbs/09_training.ipynb #2eaf6133
 import io
 import json
 import math
@@ -33,7 +33,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #4e99fc1f
+# %% ../nbs/09_training.ipynb #4a80a3b2
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -43,7 +43,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #0d087a26
+# %% ../nbs/09_training.ipynb #b01a14c4
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -58,7 +58,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #5e06cac8
+# %% ../nbs/09_training.ipynb #db817fb0
 @dataclass
 class Progress:
     step: int = 0
@@ -87,7 +87,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #af3f4333
+# %% ../nbs/09_training.ipynb #390048db
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -317,7 +317,7 @@ class Trainer:
             "network": self.network.settings,
             "faces": {"origin": self.faces.origin, "reason": self.faces.reason, "missing": self.faces.missing,
                       "splits": {split: {"used": len(p.names), "skipped": len(p.skipped), "sha256": p.fingerprint} for split, p in self.pixels.items()}},
-            **self.provenance, "commits": self.progress.commits,
+            **self.provenance, "commit": ", ".join(self.progress.commits) or None,
         })
         write_json(self.work / "metrics.json", {
             "variant": self.config.variant, "preset": self.config.preset, "seed": self.config.seed,

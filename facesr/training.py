@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #2eaf6133
+# %% ../nbs/09_training.ipynb #dde2f70b
 import io
 import json
 import math
@@ -33,7 +33,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #4a80a3b2
+# %% ../nbs/09_training.ipynb #c33d5f02
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -43,7 +43,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #b01a14c4
+# %% ../nbs/09_training.ipynb #a196b039
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -58,7 +58,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #db817fb0
+# %% ../nbs/09_training.ipynb #f899e629
 @dataclass
 class Progress:
     step: int = 0
@@ -87,7 +87,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #390048db
+# %% ../nbs/09_training.ipynb #e69944cb
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 

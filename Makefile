@@ -33,7 +33,7 @@ prepare: .venv/ready
 	$(bin)/jupyter nbconvert nbs/index.ipynb --log-level ERROR --to markdown --stdout \
 	  --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide-input \
-	  | sed -e 's|](\.\./|](|g' -e 's|](\([0-9a-z_]*\.ipynb\))|](nbs/\1)|g' > README.md.part
+	  | sed -e '/^#| /d' -e 's|](\.\./|](|g' -e 's|](\([0-9a-z_]*\.ipynb\))|](nbs/\1)|g' > README.md.part
 	mv README.md.part README.md
 
 test: .venv/ready

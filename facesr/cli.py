@@ -6,7 +6,7 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'NotebookError', 'execute', 'as_published', 'write_report', 'study', 'train',
            'main']
 
-# %% ../nbs/12_cli.ipynb #3478bfb3
+# %% ../nbs/12_cli.ipynb #a389d9d7
 import os
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ from .training import train as train_run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #dd80fca9
+# %% ../nbs/12_cli.ipynb #dabad97c
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -71,7 +71,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #b1d20fa0
+# %% ../nbs/12_cli.ipynb #e3c8d5f0
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
@@ -100,7 +100,8 @@ def study(
         else:
             print(f"{folder}: training {variant}", flush=True)
             execute(notebooks / "train.ipynb", executed, {"variant": variant, "preset": preset, "seed": seed, "out": up})
-        write_atomically(folder / "train.ipynb", as_published(executed))
+        if executed.is_file():   # `facesr train` makes a run without one
+            write_atomically(folder / "train.ipynb", as_published(executed))
     report = out / preset / "report.html"
     executed = out / preset / "checkpoint" / "report.ipynb"
     execute(notebooks / "report.ipynb", executed, {"preset": preset, "out": up})

@@ -1,0 +1,80 @@
+"Detector weights come from anywhere: a file that is damaged or hostile ends in one sentence, and runs no code."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from facesr.detection import BUNDLED_DETECTOR, bundled_detector, checkpoint_detector
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("content", ["hostile", "truncated", "empty", "text", "dictionary"])
+def test_a_bad_checkpoint_is_refused_and_not_run(tmp_path, content):
+    path, touched = tmp_path / "weights.pt", tmp_path / "touched"
+    if content == "hostile":
+        torch.save({"model": Payload(touched)}, path)
+    elif content == "dictionary":
+        torch.save({"model": {"weight": torch.zeros(3)}}, path)
+    elif content == "truncated":
+        bundled_detector().yolo.save(path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    else:
+        path.write_text("no weights" if content == "text" else "")
+    with pytest.raises(ValueError, match="weights.pt cannot be read as an Ultralytics checkpoint"):
+        checkpoint_detector(path)
+    assert not touched.exists()
+
+
+def test_a_network_for_another_task_is_refused(tmp_path):
+    from ultralytics import YOLO
+
+    YOLO("yolo11n-seg.yaml").save(tmp_path / "seg.pt")
+    with pytest.raises(ValueError, match="is a network for 'segment'; it has to be one for 'detect'"):
+        checkpoint_detector(tmp_path / "seg.pt")
+
+
+def test_hostile_checkpoint_where_ultralytics_was_imported_before(tmp_path):
+    touched = tmp_path / "touched"
+    torch.save({"model": Payload(touched)}, tmp_path / "weights.pt")
+    code = f"import ultralytics; from facesr.detection import checkpoint_detector; checkpoint_detector({str(tmp_path / 'weights.pt')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "cannot be read as an Ultralytics checkpoint" in done.stderr and not touched.exists()
+
+
+def test_importing_the_package_does_not_import_ultralytics():
+    code = "import facesr.detection, facesr.heatmaps, facesr.training, sys; print('ultralytics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == "False"
+
+
+def test_threads_are_left_alone():
+    "Ultralytics leaves one thread when it is imported before torch, and when it predicts on a CPU."
+    with_detector = "from facesr.detection import bundled_detector; import torch; bundled_detector()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)); print(torch.get_num_threads())"
+    without = "import torch; print(torch.get_num_threads())"
+    threads = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout for code in (with_detector, without)]
+    assert threads[0] == threads[1] != ""
+
+
+def test_the_bundled_weights_are_plain_tensors_and_small():
+    content = BUNDLED_DETECTOR.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F16", "I64"}
+    assert len(content) <= 6_000_000
+
+
+def test_detections_on_real_faces(celeba):
+    from facesr.faces import find_faces, read_pixels
+
+    faces = find_faces(celeba)
+    found = bundled_detector()(read_pixels(faces.images, faces.names("test", 100)).levels[128])
+    complete = [{"eye", "nose", "mouth"} <= set(d.classes) and d.classes.count("eye") >= 2 for d in found]
+    assert sum(complete) >= 95

@@ -7,12 +7,12 @@ __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'find_data', 're
            'read_attributes', 'FaceSet', 'find_faces', 'read_image', 'Pixels', 'read_pixels', 'Batch', 'FaceDataset',
            'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #f0390fa2
+# %% ../nbs/01_faces.ipynb #f3dc937a
 import hashlib
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #322eeed6
+# %% ../nbs/01_faces.ipynb #2aa72cf9
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #a52f978d
+# %% ../nbs/01_faces.ipynb #770dba09
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #98293f3b
+# %% ../nbs/01_faces.ipynb #bbd24300
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -179,7 +179,7 @@ def find_faces(
         attributes = read_attributes(attribute_file)
     return FaceSet(images, table, origin, reason, missing, attributes)
 
-# %% ../nbs/01_faces.ipynb #d987e646
+# %% ../nbs/01_faces.ipynb #c5313157
 MAX_PIXELS = 50_000_000
 
 
@@ -244,27 +244,33 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #d7afee93
+# %% ../nbs/01_faces.ipynb #ba0dea85
 @dataclass
 class Batch:
     "Faces that go through the network together."
     names: list[str]
     lr: Tensor                 # [B, 3, 16, 16] float in [-1, 1]
     targets: dict[int, Tensor] # by size 128, 64, 32: [B, 3, size, size] float in [-1, 1]
+    heatmap: Tensor | None = None  # [B, 1, 128, 128] float in [0, 1], where the run asks for one
 
     @property
     def hr(self) -> Tensor:    # [B, 3, 128, 128]
         return self.targets[PYRAMID_SIZES[0]]
 
     def to(self, device, **kwargs) -> "Batch":
-        return Batch(self.names, self.lr.to(device, **kwargs), {s: t.to(device, **kwargs) for s, t in self.targets.items()})
+        heatmap = None if self.heatmap is None else self.heatmap.to(device, **kwargs)
+        return Batch(self.names, self.lr.to(device, **kwargs), {s: t.to(device, **kwargs) for s, t in self.targets.items()}, heatmap)
 
 
 class FaceDataset(Dataset):
     "Decoded faces, handed out in batches."
 
-    def __init__(self, pixels: Pixels):
-        self.pixels = pixels
+    def __init__(
+        self,
+        pixels: Pixels,
+        maps: Callable[[Sequence[str]], Tensor] | None = None,  # heatmaps [B, 1, 128, 128] by file name, for example those of a HeatmapStore
+    ):
+        self.pixels, self.maps = pixels, maps
 
     def __len__(self) -> int:
         return len(self.pixels.names)
@@ -279,7 +285,12 @@ class FaceDataset(Dataset):
         for size, level in self.pixels.levels.items():
             x = to_float(level[rows])
             levels[size] = torch.where(mirrored, x.flip(-1), x).contiguous(memory_format=torch.channels_last)
-        return Batch([self.pixels.names[row] for row in rows], levels.pop(PYRAMID_SIZES[-1]), levels)
+        names = [self.pixels.names[row] for row in rows]
+        heatmap = None
+        if self.maps is not None:
+            h = self.maps(names)
+            heatmap = torch.where(mirrored, h.flip(-1), h)
+        return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
 
 
 class EpochBatches(Sampler):

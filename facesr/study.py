@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'PRESETS', 'RUN_FILES', 'Config', 'resolve', 'given_parameters', 'run_folder', 'run_state', 'CompleteRun',
            'find_runs', 'write_atomically', 'write_json', 'provenance']
 
-# %% ../nbs/08_study.ipynb #4c31b80d
+# %% ../nbs/08_study.ipynb #d09499cc
 import difflib
 import json
 import os
@@ -25,12 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .degradation import KERNELS
 from .model import CONVS
 
-# %% ../nbs/08_study.ipynb #c190c3d7
+# %% ../nbs/08_study.ipynb #c11837b6
 VARIANTS: dict[str, dict[str, Any]] = {
-    "baseline": {},  # MSE + perceptual
+    "baseline": {},                         # MSE + perceptual
+    "heatmap": {"attention_weight": 2.0},   # and the attention error, weighted by heatmaps
 }
 
-# %% ../nbs/08_study.ipynb #e1bce5dc
+# %% ../nbs/08_study.ipynb #c17842c2
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "train_faces": 32, "val_faces": 8, "test_faces": 8,
@@ -53,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# %% ../nbs/08_study.ipynb #a4197405
+# %% ../nbs/08_study.ipynb #fe55e690
 class Config(BaseModel):
     "All parameters of one run. The defaults are those of the CPU presets; `resolve` makes the configuration of a variant under a preset."
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -79,7 +80,9 @@ class Config(BaseModel):
     perceptual_weight: float = Field(0.002, ge=0, description="of the VGG16 error; 0: without VGG")
     perceptual_crop: int = Field(64, ge=32, le=128, description="pixels a side of the random crop that VGG sees")
     perceptual_every: int = Field(4, ge=1, description="VGG looks every so many steps, so many times as hard")
-    perceptual_ramp: float = Field(0.3, ge=0, le=1, description="share of training over which its weight rises from 0")
+    attention_weight: float = Field(0.0, ge=0, description="of the attention error; 0: without heatmaps")
+    heatmaps: str = Field("", description="a store of one's own (facesr heatmaps); empty: results/heatmaps, made where it is missing")
+    ramp: float = Field(0.3, ge=0, le=0.85, description="share of training over which the perceptual weight rises from 0, that of attention from 60 %")
     # optimisation
     epochs: int = Field(8, ge=1, description="passes over the training faces")
     batch_size: int = Field(32, ge=1, description="faces a step, over all devices together")
@@ -132,11 +135,11 @@ def resolve(
         config = Config(**settings)
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
-    if config.perceptual_weight == 0 == config.pixel_weight:
-        raise ValueError("pixel_weight and perceptual_weight are both 0; at least one term has to be minimised")
+    if config.perceptual_weight == config.pixel_weight == config.attention_weight == 0:
+        raise ValueError("pixel_weight, perceptual_weight and attention_weight are all 0; at least one term has to be minimised")
     return config
 
-# %% ../nbs/08_study.ipynb #04fee4b4
+# %% ../nbs/08_study.ipynb #f8601a60
 def given_parameters(
     namespace: Mapping[str, Any],  # `globals()` of the notebook
     before: set[str],              # names that were there before its parameters cell
@@ -144,7 +147,7 @@ def given_parameters(
     "The parameters of a notebook, those injected by papermill included."
     return {name: value for name, value in namespace.items() if name not in before | {"before", "parameters"} and not name.startswith("_")}
 
-# %% ../nbs/08_study.ipynb #72bc1ab5
+# %% ../nbs/08_study.ipynb #0f5d2033
 RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
 
 
@@ -219,8 +222,8 @@ def write_atomically(
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-# %% ../nbs/08_study.ipynb #1d08148f
-_PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "numpy", "pillow")
+# %% ../nbs/08_study.ipynb #7c33635a
+_PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ultralytics", "opencv-python", "h5py", "numpy", "pillow")
 
 
 def _commit() -> str | None:

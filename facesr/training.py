@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #dde2f70b
+# %% ../nbs/09_training.ipynb #6a22e077
 import io
 import json
 import math
@@ -27,13 +27,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .degradation import to_float, to_uint8
+from .detection import bundled_detector
 from .faces import EpochBatches, FaceDataset, FaceSet, Pixels, find_data, find_faces, read_pixels
+from .heatmaps import PARTS, HeatmapStore, Recipe, make_heatmaps, store_path
 from .losses import Objective
 from .metrics import Evaluator, evaluate, summarise
 from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #c33d5f02
+# %% ../nbs/09_training.ipynb #f9b50a81
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -43,7 +45,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #a196b039
+# %% ../nbs/09_training.ipynb #526bab42
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -58,7 +60,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #f899e629
+# %% ../nbs/09_training.ipynb #0bf93910
 @dataclass
 class Progress:
     step: int = 0
@@ -87,7 +89,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #e69944cb
+# %% ../nbs/09_training.ipynb #3109f509
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -110,6 +112,7 @@ class Trainer:
             raise ValueError(f"mixed_precision is {config.mixed_precision!r}, and this process has already trained with another; restart it, or the kernel") from error
         self.main = self.accelerator.is_main_process
         self._read_faces(data)
+        self._open_heatmaps(Path(out))
         self._build()
         self._resume()
         if self.main:   # before any work: a folder that cannot be written to is found out now
@@ -135,10 +138,24 @@ class Trainer:
         if skipped := {n: why for p in self.pixels.values() for n, why in p.skipped.items()}:
             self._say(f"left out {len(skipped)} unreadable images: {', '.join(list(skipped)[:5])}{' ...' if len(skipped) > 5 else ''}")
 
+    def _open_heatmaps(self, out: Path) -> None:
+        "The maps of the training faces, where this run looks at them. Those of `results/heatmaps` are made where they are missing; a store that was named is only read."
+        self.heatmaps: HeatmapStore | None = None
+        if not self.config.attention_weight:
+            return
+        train = self.pixels["train"]
+        if self.config.heatmaps:
+            self.heatmaps = HeatmapStore(self.config.heatmaps)
+        else:
+            with self.accelerator.main_process_first():
+                self.heatmaps = make_heatmaps(store_path(out, self.faces), self.faces.images, train.names, bundled_detector(device=str(self.accelerator.device)), Recipe(PARTS), report=self._say)
+        self.heatmaps.check(train.names, train.levels[128])
+        self._say(f"heatmaps: {len(set(self.heatmaps.empty) & set(train.names)):,} of {len(train.names):,} training faces without detections, for which all pixels weigh the same")
+
     def _build(self) -> None:
         config, accelerator = self.config, self.accelerator
         self.batches = EpochBatches(len(self.pixels["train"].names), config.batch_size, config.seed, config.flips, accelerator.process_index, accelerator.num_processes)
-        self.loader = DataLoader(FaceDataset(self.pixels["train"]), batch_sampler=self.batches, collate_fn=lambda batch: batch)
+        self.loader = DataLoader(FaceDataset(self.pixels["train"], self.heatmaps and self.heatmaps.maps), batch_sampler=self.batches, collate_fn=lambda batch: batch)
         self.total_steps = config.epochs * len(self.batches)
         torch.manual_seed(config.seed)
         self.network = SuperResolutionUNet(config.conv, config.width, config.blocks).to(accelerator.device)
@@ -146,7 +163,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.objective = Objective(
-            config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_every, config.perceptual_ramp, config.seed
+            config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_every,
+            config.attention_weight, config.ramp, config.seed,
         ).to(accelerator.device, memory_format=torch.channels_last)
         self.evaluator = Evaluator(lpips=("alex",), device=accelerator.device, groups=("primary",))
         self.progress = Progress()
@@ -225,7 +243,7 @@ class Trainer:
         if len(progress.history) > epoch:
             row = progress.history[epoch]
             what = f"epoch {epoch + 1}/{self.config.epochs} done"
-            terms = {name: row[name] for name in ("mse", "perceptual") if name in row}
+            terms = {name: row[name] for name in ("mse", "perceptual", "attention") if name in row}
             score = f" | validation {row['val_psnr']:.2f} dB, LPIPS {row['val_lpips_alex']:.3f}"
             rate = row["faces_per_second"]
         else:
@@ -246,7 +264,8 @@ class Trainer:
     @property
     def identity(self) -> dict[str, Any]:
         "What has to be the same for a run to be continued."
-        return self.config.settings() | {f"{split} faces": pixels.fingerprint for split, pixels in self.pixels.items()}
+        faces = {f"{split} faces": pixels.fingerprint for split, pixels in self.pixels.items()}
+        return self.config.settings() | faces | {"heatmap recipe": self.heatmaps and self.heatmaps.fingerprint}
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all."
@@ -317,6 +336,7 @@ class Trainer:
             "network": self.network.settings,
             "faces": {"origin": self.faces.origin, "reason": self.faces.reason, "missing": self.faces.missing,
                       "splits": {split: {"used": len(p.names), "skipped": len(p.skipped), "sha256": p.fingerprint} for split, p in self.pixels.items()}},
+            "heatmaps": self.heatmaps and self.heatmaps.settings,
             **self.provenance, "commit": ", ".join(self.progress.commits) or None,
         })
         write_json(self.work / "metrics.json", {

@@ -1,0 +1,277 @@
+"The heatmap store: killed and continued, damaged, mixed up, handed to workers, fetched and written in the published layout."
+import functools
+import http.server
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from facesr.detection import Detections
+from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
+from facesr.heatmaps import HeatmapStore, Part, Recipe, export_published, import_published, make_heatmaps
+
+FACES = find_faces(BUNDLED)
+NAMES = FACES.names("train", 40)
+RECIPE = Recipe({"eye": Part(4.5), "face": Part(4, "rim")})
+
+
+class FixedBoxes:
+    "A detector without a network: one eye and a face, always at the same places."
+    classes, fingerprint, settings = ("eye", "face"), "fixed", {"weights": "none"}
+
+    def __call__(self, images):
+        boxes = np.array([[40, 50, 60, 62], [30, 30, 100, 120]], np.float32)
+        return [Detections(boxes, ["eye", "face"], np.array([0.9, 0.8], np.float32)) for _ in images]
+
+
+def make(path, names=NAMES, **options):
+    return make_heatmaps(path, FACES.images, names, options.pop("detector", FixedBoxes()), options.pop("recipe", RECIPE), report=lambda line: None, **options)
+
+
+def content(path):
+    "Everything a store says."
+    with h5py.File(path) as file:
+        return {name: file[name][:].tobytes() if name != "names" else file[name].asstr()[:].tolist() for name in file}, dict(file.attrs)
+
+
+KILLED = """
+import sys, time
+import facesr.heatmaps as h
+sys.path.insert(0, {tests!r})
+import test_heatmaps as t
+h.SHARD = 8
+slow = h.heatmap
+h.heatmap = lambda *a: (time.sleep(0.02), slow(*a))[1]
+t.make({path!r})
+"""
+
+
+def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    whole, broken = tmp_path / "whole.h5", tmp_path / "broken.h5"
+    make(whole)
+    shards, kills = tmp_path / "broken.h5.parts", 0
+    while kills < 2:   # once after the first shard, once after the third
+        process = subprocess.Popen([sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__), path=str(broken))])
+        while process.poll() is None and len(list(shards.glob("*.h5"))) < 1 + 2 * kills:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the process ended before it was killed"
+        assert not broken.exists()
+        kills += 1
+    said = []
+    make_heatmaps(broken, FACES.images, NAMES, FixedBoxes(), RECIPE, report=said.append)
+    assert sum("were done before" in line for line in said) >= 3
+    assert content(whole) == content(broken)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.h5", "whole.h5"]
+
+
+def test_unfinished_work_of_another_recipe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    path = tmp_path / "store.h5"
+    monkeypatch.setattr("facesr.heatmaps._gather", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(path)
+    monkeypatch.undo()
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    before = sorted((tmp_path / "store.h5.parts").iterdir())
+    with pytest.raises(ValueError, match="store.h5.parts holds heatmaps with another recipe"):
+        make(path, recipe=Recipe({"eye": Part(1)}))
+    assert sorted((tmp_path / "store.h5.parts").iterdir()) == before and len(before) == 5
+    assert len(make(path)) == 40
+
+
+def test_adding_faces_keeps_those_that_are_there(tmp_path):
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:10])
+    before = content(path)[0]
+    store = make(path, NAMES[:5] + NAMES[20:25])
+    assert store.names == NAMES[:10] + NAMES[20:25]
+    assert content(path)[0]["heatmaps"][: len(before["heatmaps"])] == before["heatmaps"]
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    ("cut off", "cannot be read as HDF5: it is damaged, cut off"),
+    ("text", "cannot be read as HDF5"),
+    ("duplicate", "holds 000001.jpg more than once"),
+    ("size", "40 names and heatmaps of shape \\(40, 64, 128\\)"),
+    ("rows", "39 names and heatmaps of shape \\(40, 128, 128\\)"),
+    ("no names", "it looks like a published file"),
+    ("schema", "is no heatmap store"),
+])
+def test_a_damaged_store_is_refused_when_it_is_opened(tmp_path, damage, sentence):
+    path = tmp_path / "store.h5"
+    make(path)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-50_000])
+    elif damage == "text":
+        path.write_text("no HDF5")
+    else:
+        with h5py.File(path, "r+") as file:
+            if damage == "duplicate":
+                file["names"][7] = "000001.jpg"
+            elif damage == "size":
+                del file["heatmaps"]
+                file["heatmaps"] = np.zeros((40, 64, 128), np.float16)
+            elif damage == "rows":
+                file["names"].resize(39, axis=0)
+            elif damage == "no names":
+                del file["names"], file.attrs["schema"]
+            else:
+                file.attrs["schema"] = "something 2"
+    left = path.read_bytes()
+    for opened in (lambda: HeatmapStore(path), lambda: make(path)):
+        with pytest.raises(ValueError, match=sentence):
+            opened()
+    assert path.read_bytes() == left   # nothing lost
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 1.5])
+def test_values_that_are_no_map_are_refused_with_the_face_named(tmp_path, value):
+    path = tmp_path / "store.h5"
+    make(path)
+    with h5py.File(path, "r+") as file:
+        file["heatmaps"][3, 5, 5] = value
+    store = HeatmapStore(path)
+    assert store.maps(NAMES[:3]).shape == (3, 1, 128, 128)
+    with pytest.raises(ValueError, match="NaN or values outside \\[0, 1\\] for 000004.jpg"):
+        store.maps(NAMES[:5])
+
+
+def test_a_chunk_that_is_damaged_on_disk_is_named(tmp_path):
+    path = tmp_path / "store.h5"
+    make(path)
+    with h5py.File(path) as file:
+        place = file["heatmaps"].id.get_chunk_info(2)
+    content = bytearray(path.read_bytes())
+    content[place.byte_offset : place.byte_offset + place.size] = os.urandom(place.size)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="store.h5 cannot be read as HDF5"):
+        HeatmapStore(path).maps(NAMES[:5])
+
+
+def test_maps_of_other_images_are_refused(tmp_path):
+    path = tmp_path / "store.h5"
+    store = make(path)
+    pixels = read_pixels(FACES.images, NAMES).levels[128]
+    store.check(NAMES, pixels)
+    pixels[4, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="was made for other images: 1 of 40 faces .*000005.jpg"):
+        store.check(NAMES, pixels)
+    with pytest.raises(ValueError, match="was made for other images: 40 of 40"):
+        store.check(NAMES, pixels.flip(0))   # the wrong order
+
+
+def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 4)
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in NAMES[:8]:
+        (images / name).write_bytes((FACES.images / name).read_bytes())
+    (images / NAMES[5]).write_bytes(b"no image")
+    (images / NAMES[6]).unlink()
+    path = tmp_path / "store.h5"
+    arguments = (path, images, NAMES[:8], FixedBoxes(), RECIPE)
+    with pytest.raises(ValueError, match="2 of 4 images cannot be read .*000006.jpg.*000007.jpg: is not there"):
+        make_heatmaps(*arguments, report=lambda line: None)
+    assert not path.exists() and len(list((tmp_path / "store.h5.parts").iterdir())) == 1   # what was finished is kept
+    said = []
+    store = make_heatmaps(*arguments, skip_unreadable=True, report=said.append)
+    assert store.names == NAMES[:5] + NAMES[7:8]
+    assert said[-1] == "left out 2 unreadable images: 000006.jpg, 000007.jpg"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="store.h5.parts/.*cannot be written"):
+        make(tmp_path / "file" / "store.h5", NAMES[:4])
+
+
+def test_lookup_in_the_workers_of_a_loader(tmp_path):
+    store = make(tmp_path / "store.h5")
+    pixels = read_pixels(FACES.images, NAMES)
+    alone = store.maps(NAMES)   # the file is open in this process before it forks
+    dataset = FaceDataset(pixels, store.maps)
+    keys = [[(i, False), (i + 1, True)] for i in range(0, 40, 2)]
+    for method in ("fork", "spawn"):
+        for batch in DataLoader(dataset, batch_sampler=keys, num_workers=2, collate_fn=first_of, multiprocessing_context=method):
+            rows = [NAMES.index(name) for name in batch.names]
+            assert torch.equal(batch.heatmap, torch.stack([alone[rows[0]], alone[rows[1]].flip(-1)]))
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.maps(NAMES[:2]), alone[:2])
+
+
+def first_of(batch):
+    return batch
+
+
+def test_opening_a_store_does_not_read_it(tmp_path):
+    "Memory does not grow with the maps: 2 GB of them are opened, and one is read."
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:1])
+    with h5py.File(path, "r+") as file:
+        count = 65_536
+        for column in ("heatmaps", "counts", "sources"):
+            file[column].resize(count, axis=0)   # rows that were never written take no place on the disk
+        file["names"].resize(count, axis=0)
+        file["names"][:] = [f"{i:06d}.jpg" for i in range(count)]
+    code = (f"import resource; from facesr.heatmaps import HeatmapStore; start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            f"store = HeatmapStore({str(path)!r}); store.maps(['000000.jpg', '065535.jpg']); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)")
+    megabytes = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert megabytes < 200
+
+
+def test_published_layout_over_http_and_from_a_file(tmp_path):
+    store = make(tmp_path / "store.h5")
+    (tmp_path / "served").mkdir()
+    export_published(store, tmp_path / "served" / "published.h5")
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path / "served")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/published.h5"
+        fetched = import_published(url, tmp_path / "fetched.h5", sorted(NAMES), report=lambda line: None)
+        with pytest.raises(OSError, match="absent.h5 cannot be fetched"):
+            import_published(url.replace("published", "absent"), tmp_path / "absent.h5", sorted(NAMES))
+    finally:
+        server.shutdown()
+    local = import_published(str(tmp_path / "served" / "published.h5"), tmp_path / "local.h5", sorted(NAMES))
+    assert torch.equal(fetched.maps(NAMES), store.maps(NAMES)) and torch.equal(local.maps(NAMES), store.maps(NAMES))
+    assert fetched.fingerprint == local.fingerprint != store.fingerprint
+    assert not list(tmp_path.glob("*.download")) and not (tmp_path / "absent.h5").exists()
+
+
+@pytest.mark.parametrize("published", ["nan", "shape", "integers", "group", "text"])
+def test_what_is_no_published_file_is_not_imported(tmp_path, published):
+    path = tmp_path / "published.h5"
+    with h5py.File(path, "w") as file:
+        maps = np.zeros((4, 128, 128), np.float16)
+        if published == "nan":
+            maps[2, 0, 0] = np.nan
+        if published == "group":
+            file.create_group("heatmaps")
+        else:
+            file["heatmaps"] = maps[:, :64] if published == "shape" else maps.astype(np.int32) if published == "integers" else maps
+    if published == "text":
+        path.write_text("no HDF5")
+    sentence = {"nan": "for 000003.jpg", "text": "cannot be read as HDF5"}.get(published, "it has to hold one dataset 'heatmaps'")
+    with pytest.raises(ValueError, match=sentence):
+        import_published(str(path), tmp_path / "store.h5", NAMES)
+    assert not (tmp_path / "store.h5").exists() and not (tmp_path / "store.h5.part").exists()
+
+
+def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, facesr):
+    make(tmp_path / "mine.h5", NAMES[:20])
+    done = facesr("train", "heatmap", "--preset", "smoke", "--out", tmp_path, "--set", f"heatmaps={tmp_path / 'mine.h5'}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error:") and "has no heatmap for 12 of 32 faces" in done.stderr and f"facesr heatmaps make --out {tmp_path / 'mine.h5'}" in done.stderr
+    assert not (tmp_path / "smoke" / "heatmap" / "seed0" / "metrics.json").exists()

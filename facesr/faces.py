@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'find_data', 'read_partition', 'read_identities',
-           'read_attributes', 'FaceSet', 'find_faces', 'read_image', 'Pixels', 'read_pixels', 'Batch', 'FaceDataset',
-           'EpochBatches']
+           'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'read_image', 'Pixels', 'read_pixels', 'Batch',
+           'FaceDataset', 'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #f3dc937a
+# %% ../nbs/01_faces.ipynb #a8a7eaa2
 import hashlib
 import os
 import random
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #2aa72cf9
+# %% ../nbs/01_faces.ipynb #94571b1f
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #770dba09
+# %% ../nbs/01_faces.ipynb #3a524cbb
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #bbd24300
+# %% ../nbs/01_faces.ipynb #8fdd737b
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -179,7 +179,20 @@ def find_faces(
         attributes = read_attributes(attribute_file)
     return FaceSet(images, table, origin, reason, missing, attributes)
 
-# %% ../nbs/01_faces.ipynb #c5313157
+
+def listed_names(
+    data: str | Path | None,  # as in `find_data`
+    split: str,               # "train", "val" or "test"
+) -> list[str]:
+    "The names that the partition file gives a split, sorted, whether the images are there or not. Raises FileNotFoundError where there is no such file."
+    root = find_data(data)[0]
+    partition = _find(root, ("list_eval_partition.csv", "list_eval_partition.txt"))
+    if partition is None:
+        raise FileNotFoundError(f"there is no list_eval_partition.csv or .txt in {root} or up to two folders below it")
+    table = read_partition(partition)
+    return sorted(table["name"][table["split"] == split])
+
+# %% ../nbs/01_faces.ipynb #ef0b5811
 MAX_PIXELS = 50_000_000
 
 
@@ -244,7 +257,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #ba0dea85
+# %% ../nbs/01_faces.ipynb #830fc071
 @dataclass
 class Batch:
     "Faces that go through the network together."

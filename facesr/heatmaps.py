@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'PAPER_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA', 'SCHEMA',
            'radial', 'Recipe', 'heatmap', 'overlay_figure', 'source_of', 'HeatmapStore', 'store_path', 'make_heatmaps',
            'import_published', 'export_published', 'coverage', 'mean_map', 'coverage_figure']
 
-# %% ../nbs/03_heatmaps.ipynb #f7cd64ba
+# %% ../nbs/03_heatmaps.ipynb #2a852bc8
 import csv
 import hashlib
 import json
@@ -37,7 +37,7 @@ from .degradation import HR_SIZE
 from .detection import Detections, PartDetector
 from .faces import FaceSet, read_pixels
 
-# %% ../nbs/03_heatmaps.ipynb #cd140d82
+# %% ../nbs/03_heatmaps.ipynb #f841a951
 @dataclass(frozen=True)
 class Part:
     "How a class enters the map."
@@ -79,7 +79,7 @@ def read_parts(
             raise ValueError(f"{path}, line {line}: {error}") from error
     return parts
 
-# %% ../nbs/03_heatmaps.ipynb #24becbdb
+# %% ../nbs/03_heatmaps.ipynb #f0f4f1cd
 CANNY = (50, 150)                    # thresholds
 BLUR_SIZE, BLUR_SIGMA = 21, 2.0      # pixels
 
@@ -92,7 +92,7 @@ def edges(
     lines = cv2.Canny(grey, *CANNY).astype(np.float32)
     return sum(0.5 * x / x.max() for x in (gradient, lines) if x.max() > 0) + np.zeros_like(gradient)
 
-# %% ../nbs/03_heatmaps.ipynb #e663b1fb
+# %% ../nbs/03_heatmaps.ipynb #1768f59d
 def fade(
     height: int, width: int,            # of the box in pixels
     kind: Literal["centre", "rim"],
@@ -111,7 +111,7 @@ def radial(
     d2 = x**2 + y**2
     return np.exp(-0.8 * d2 / max(d2.max(), 1e-9)).clip(0.3, 1)
 
-# %% ../nbs/03_heatmaps.ipynb #8669e474
+# %% ../nbs/03_heatmaps.ipynb #a9ccee29
 @dataclass(frozen=True)
 class Recipe:
     "All that turns boxes into a map."
@@ -150,7 +150,7 @@ def heatmap(
     low, high = blurred.min(), blurred.max()
     return (blurred - low) / (high - low) if high - low > 1e-6 else np.zeros_like(blurred)
 
-# %% ../nbs/03_heatmaps.ipynb #e971286f
+# %% ../nbs/03_heatmaps.ipynb #42a2ac95
 def overlay_figure(
     faces: Tensor,  # [N, 3, H, W] uint8, RGB
     maps: Tensor,   # [N, 1, H, W] in [0, 1]
@@ -163,7 +163,7 @@ def overlay_figure(
         column[1].imshow(h[0], cmap="magma", alpha=0.65, vmin=0, vmax=1)
     return figure
 
-# %% ../nbs/03_heatmaps.ipynb #3fe725bc
+# %% ../nbs/03_heatmaps.ipynb #f969cde0
 SCHEMA = "facesr heatmaps 1"
 
 
@@ -283,7 +283,7 @@ def _check_values(maps: np.ndarray, names: Sequence[str], path: Path) -> None:
     if not good.all():
         raise ValueError(f"{path} holds NaN or values outside [0, 1] for {names[int(np.argmin(good))]}; make the store again")
 
-# %% ../nbs/03_heatmaps.ipynb #d167292e
+# %% ../nbs/03_heatmaps.ipynb #c0653146
 SHARD = 512   # faces
 
 
@@ -308,7 +308,7 @@ def _new_file(path: Path, settings: dict[str, Any]) -> Iterator[h5py.File]:
         with open(part, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:   # h5py raises either when the disk is full
         raise OSError(f"{path} cannot be written ({error}); make room or choose another place, and start again: what was finished before is kept") from error
     finally:
         if part.parent.is_dir():
@@ -328,14 +328,24 @@ def _append(file: h5py.File, **columns: np.ndarray | list[str]) -> None:
         file[column][rows:] = values
 
 
+def _read_rows(source: Path) -> Iterator[dict[str, Any]]:
+    "Every column of a file, a block of rows at a time."
+    with _damage(source):
+        file = h5py.File(source, "r")
+    with file:
+        for start in range(0, len(file["names"]) if "names" in file else 0, SHARD):
+            with _damage(source):
+                rows = slice(start, start + SHARD)
+                block = {column: file[column].asstr()[rows].tolist() if column == "names" else file[column][rows] for column in file}
+            yield block
+
+
 def _gather(path: Path, sources: Sequence[Path], settings: dict[str, Any]) -> None:
     "One store with the rows of several, in their order."
     with _new_file(path, settings) as file:
         for source in sources:
-            with _damage(source), h5py.File(source, "r") as part:
-                for start in range(0, len(part["names"]) if "names" in part else 0, SHARD):
-                    rows = slice(start, start + SHARD)
-                    _append(file, **{column: part[column].asstr()[rows].tolist() if column == "names" else part[column][rows] for column in part})
+            for rows in _read_rows(source):
+                _append(file, **rows)
 
 
 def _refuse_other(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -397,7 +407,7 @@ def make_heatmaps(
         report(f"left out {len(skipped):,} unreadable images: {', '.join(list(skipped)[:5])}{', ...' if len(skipped) > 5 else ''}")
     return HeatmapStore(path)
 
-# %% ../nbs/03_heatmaps.ipynb #df9010a7
+# %% ../nbs/03_heatmaps.ipynb #d35b3b77
 def import_published(
     source: str,           # a file, or its http(s) address
     path: str | Path,      # the store to make
@@ -419,16 +429,19 @@ def import_published(
             fetched.unlink(missing_ok=True)
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} is not there; name a file of heatmaps, or an address that begins with http:// or https://")
-    with _damage(Path(source)), h5py.File(source, "r") as file:
-        if "heatmaps" not in file or not isinstance(file["heatmaps"], h5py.Dataset) or file["heatmaps"].shape[1:] != (HR_SIZE, HR_SIZE) or file["heatmaps"].dtype.kind != "f":
+    with _damage(Path(source)):
+        file = h5py.File(source, "r")
+    with file:
+        published = file.get("heatmaps")
+        if not isinstance(published, h5py.Dataset) or published.shape[1:] != (HR_SIZE, HR_SIZE) or published.dtype.kind != "f":
             raise ValueError(f"{source} is no published file of heatmaps; it has to hold one dataset 'heatmaps' of shape (N, {HR_SIZE}, {HR_SIZE}), floating point")
-        published = file["heatmaps"]
         if len(published) > len(names):
             raise ValueError(f"{source} holds {len(published):,} maps, and there are {len(names):,} training names; name the partition file that it was made with")
         settings = {"classes": [], "recipe": {"parts": {}, "imported": True}, "source_sha256": _sha256(Path(source))}
         with _new_file(path, settings) as made:
             for start in range(0, len(published), SHARD):
-                maps = published[start : start + SHARD]
+                with _damage(Path(source)):
+                    maps = published[start : start + SHARD]
                 mine = list(names[start : start + len(maps)])
                 _check_values(maps, mine, Path(source))
                 _append(made, heatmaps=maps.astype(np.float16), names=mine)
@@ -475,7 +488,7 @@ def _sha256(path: Path) -> str:
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/03_heatmaps.ipynb #06f1f65e
+# %% ../nbs/03_heatmaps.ipynb #012985c9
 def coverage(
     store: HeatmapStore,
 ) -> pd.DataFrame:        # by class: share of faces with at least one, detections a face

@@ -196,6 +196,16 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         make(tmp_path / "file" / "store.h5", NAMES[:4])
 
 
+def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
+    "Files are limited to a size that a shard fits in and the whole store does not."
+    code = (f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.heatmaps as h; h.SHARD = 8\n"
+            f"import test_heatmaps as t\ntry: t.make({str(tmp_path / 'store.h5')!r})\nexcept OSError as error: print(error)")
+    done = subprocess.run(["bash", "-c", 'ulimit -f 300; exec "$@"', "limited", sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "store.h5 cannot be written" in done.stdout and "what was finished before is kept" in done.stdout, done
+    assert [p.name for p in tmp_path.iterdir()] == ["store.h5.parts"] and len(list((tmp_path / "store.h5.parts").glob("*.h5"))) == 5
+    assert len(make(tmp_path / "other.h5")) == 40
+
+
 def test_lookup_in_the_workers_of_a_loader(tmp_path):
     store = make(tmp_path / "store.h5")
     pixels = read_pixels(FACES.images, NAMES)

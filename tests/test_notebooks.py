@@ -25,19 +25,33 @@ def test_the_study_ends_with_a_report(facesr, results):
     result = facesr("study", "--preset", "smoke", "--out", results)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
-    run = results / "smoke" / "baseline" / "seed0"
-    assert {"config.json", "history.csv", "per_image.csv", "metrics.json", "model.safetensors", "progress.png", "train.ipynb"} <= {p.name for p in run.iterdir()}
+    for variant in ("baseline", "heatmap"):
+        run = results / "smoke" / variant / "seed0"
+        assert {"config.json", "history.csv", "per_image.csv", "metrics.json", "model.safetensors", "progress.png", "train.ipynb"} <= {p.name for p in run.iterdir()}
+        assert str(ROOT) not in (run / "train.ipynb").read_text()
+        assert {"psnr", "psnr_eye", "psnr_nose", "psnr_mouth"} <= set(pd.read_csv(run / "per_image.csv"))
+        assert ("attention" in pd.read_csv(run / "history.csv")) == (variant == "heatmap")
+    recorded = json.loads((run / "config.json").read_text())["heatmaps"]
+    assert recorded["recipe"]["parts"]["eye"]["weight"] == 4.5 and len(recorded["detector_sha256"]) == 64
     report = (results / "smoke" / "report.html").read_text()
-    for word in ("baseline", "bicubic", "bilinear", "LPIPS", "What this does not show"):
+    for word in ("baseline", "heatmap", "bicubic", "bilinear", "LPIPS", "PSNR, eyes", "Heatmaps of heatmap", "What this does not show"):
         assert word in report
-    assert report.count("data:image/png") >= 5 and "Traceback" not in report
-    assert str(ROOT) not in report and str(ROOT) not in (run / "train.ipynb").read_text()
+    assert report.count("data:image/png") >= 7 and "Traceback" not in report and str(ROOT) not in report
 
 
 def test_the_study_run_again_trains_nothing(facesr, results):
     result = facesr("study", "--preset", "smoke", "--out", results)
     assert result.returncode == 0, result.stderr
     assert "is complete" in result.stdout and "epoch" not in result.stdout
+
+
+def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, tmp_path):
+    for variant in ("baseline", "heatmap"):
+        assert facesr("train", variant, "--preset", "smoke", "--out", tmp_path).returncode == 0
+    result = facesr("study", "--preset", "smoke", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("is complete") == 2 and "epoch" not in result.stdout
+    assert (tmp_path / "smoke" / "report.html").exists() and not list(tmp_path.glob("smoke/*/seed0/train.ipynb"))
 
 
 def test_parameters_reach_the_notebook(facesr, tmp_path):

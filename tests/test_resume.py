@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FACESR, ROOT
 
-SMOKE = ("train", "baseline", "--preset", "smoke", "--set", "epochs=4", "--set", "checkpoint_minutes=0")
+SMOKE = ("train", "heatmap", "--preset", "smoke", "--set", "epochs=4", "--set", "checkpoint_minutes=0")
 
 
 def start(facesr, out):
@@ -27,11 +27,11 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
     subprocess.run([FACESR, *SMOKE, "--out", str(out)], cwd=ROOT, env=environment, check=True, timeout=900)
-    return out / "smoke" / "baseline" / "seed0"
+    return out / "smoke" / "heatmap" / "seed0"
 
 
 def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
-    run = tmp_path / "smoke" / "baseline" / "seed0"
+    run = tmp_path / "smoke" / "heatmap" / "seed0"
     checkpoint = run / "checkpoint" / "state.pt"
     for at_least in (3, 9):                              # in the middle of the first epoch, and of the third
         process = start(facesr, tmp_path)
@@ -62,7 +62,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
     "Files are limited to a size the checkpoint does not fit in: writing fails as on a full disk."
     checkpoint = tmp_path / "smoke" / "baseline" / "seed0" / "checkpoint" / "state.pt"
     limited = subprocess.run(
-        ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", FACESR, *SMOKE, "--out", str(tmp_path)],
+        ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", FACESR, "train", "baseline", *SMOKE[2:], "--out", str(tmp_path)],
         cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
     assert limited.returncode == 1
     last = limited.stderr.strip().splitlines()[-1]
@@ -74,7 +74,7 @@ def test_a_killed_study_goes_on(tmp_path):
     "The same through papermill: the whole process group of `facesr study` is killed, kernel included."
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
     command = [FACESR, "study", "--preset", "smoke", "--out", str(tmp_path)]
-    run = tmp_path / "smoke" / "baseline" / "seed0"
+    run = tmp_path / "smoke" / "heatmap" / "seed0"
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (run / "checkpoint" / "state.pt").exists():
         assert process.poll() is None, "the study ended before it could be killed"

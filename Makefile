@@ -1,9 +1,14 @@
 # make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
+#                       CONTROLS=1 the controls too, SEEDS=3 repeats, WORKERS=2 at a time or SCHEDULER=tcp://...
 # make test             what CI runs: notebooks in step, nbdev_test, pytest
 # make lab              JupyterLab
 # make prepare          after editing notebooks: clean, export, README
 PRESET ?= quick
 SEED   ?= 0
+SEEDS  ?= 1
+CONTROLS ?=
+WORKERS ?= 1
+SCHEDULER ?=
 DATA   ?=
 OUT    ?= results
 PYTHON ?= python3
@@ -25,7 +30,8 @@ export PATH := $(CURDIR)/$(bin):$(PATH)
 	touch $@
 
 study: .venv/ready
-	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' $(if $(DATA),--data '$(DATA)')
+	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --seeds '$(SEEDS)' --workers '$(WORKERS)' \
+	  $(if $(CONTROLS),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
 
 prepare: .venv/ready
 	$(bin)/nbdev_clean

@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["facesr", "facesr.*"]),
     package_data={"facesr": ["assets/**/*"]},
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={"dev": shlex.split(settings["dev_requirements"])},
+    extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster")},
     entry_points={"console_scripts": shlex.split(settings["console_scripts"])},
     zip_safe=False,
 )

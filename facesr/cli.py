@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'heatmaps', 'Store', 'NotebookError', 'execute', 'as_published',
-           'write_report', 'study', 'train', 'make', 'show', 'import_', 'export', 'main']
+           'write_report', 'run_notebook', 'run_all', 'study', 'train', 'make', 'show', 'import_', 'export', 'main']
 
-# %% ../nbs/12_cli.ipynb #b7c8fbd6
+# %% ../nbs/12_cli.ipynb #c9cd7177
 import os
 import sys
 from pathlib import Path
@@ -23,13 +23,13 @@ from traitlets.config import Config as KernelConfig
 from .detection import find_detector
 from .faces import SPLITS, find_data, find_faces, listed_names
 from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_parts, store_path
-from .study import PRESETS, VARIANTS, resolve, run_folder, write_atomically
+from .study import CONTROLS, PRESETS, VARIANTS, resolve, run_folder, write_atomically
 from .training import is_complete
 from .training import train as train_run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #89aa7e50
+# %% ../nbs/12_cli.ipynb #22588c89
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -73,47 +73,109 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #8bb250d9
+# %% ../nbs/12_cli.ipynb #cd353c11
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
 Out = Annotated[Path, typer.Option(help="Where results are kept.")]
 
 
+def run_notebook(
+    variant: str,
+    preset: str,
+    seed: int,
+    data: Path | None,   # absolute; None: as `find_data` finds them
+    out: Path,           # the folder of all results
+    notebooks: Path,     # the folder with train.ipynb
+) -> None:
+    "One run through train.ipynb; nothing where it is complete. Raises what the notebook ends with."
+    config = resolve(variant, preset, seed=seed)
+    folder = run_folder(out, config)
+    executed = folder / "checkpoint" / "train.ipynb"
+    if is_complete(folder, config, data):
+        print(f"{folder} is complete", flush=True)
+    else:
+        if data:   # by the environment: notebooks should not carry a path of this machine
+            os.environ["FACESR_CELEBA"] = str(data)
+        print(f"{folder}: training {variant}", flush=True)
+        execute(notebooks / "train.ipynb", executed, {"variant": variant, "preset": preset, "seed": seed, "out": os.path.relpath(out, notebooks)})
+    if executed.is_file():   # `facesr train` makes a run without one
+        write_atomically(folder / "train.ipynb", as_published(executed))
+
+# %% ../nbs/12_cli.ipynb #6aa171e2
+def run_all(
+    runs: dict[str, tuple],   # by label: the arguments of `run_notebook`
+    workers: int = 1,         # processes on this machine, when there is no scheduler
+    scheduler: str = "",      # address of a Dask scheduler, for example tcp://10.0.0.1:8786
+) -> dict[str, str]:          # by label: why a run failed
+    "Make every run. Raises ValueError where Dask is asked for and not installed, OSError where the scheduler does not answer."
+    failed = {}
+    if workers == 1 and not scheduler:
+        for label, arguments in runs.items():
+            try:
+                run_notebook(*arguments)
+            except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+                failed[label] = str(error)
+                print(f"{label} failed: {error}", file=sys.stderr, flush=True)
+        return failed
+    try:
+        import dask
+        from dask.distributed import Client, LocalCluster, as_completed
+    except ImportError as error:
+        raise ValueError("--workers and --scheduler need Dask; install it with: pip install 'facesr[cluster]'") from error
+    share = str(max(1, (os.cpu_count() or 1) // workers))
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": {name: share for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}, "distributed.comm.timeouts.connect": "10s"}):
+        cluster = scheduler or LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
+        with Client(cluster) as client:
+            labels = {client.submit(run_notebook, *arguments, key=f"facesr-{label}", pure=False): label for label, arguments in runs.items()}
+            for future in as_completed(labels):
+                if future.status == "error":
+                    failed[labels[future]] = str(future.exception())
+                    print(f"{labels[future]} failed: {failed[labels[future]]}", file=sys.stderr, flush=True)
+                else:
+                    print(f"{labels[future]} done", flush=True)
+        if not scheduler:
+            cluster.close()
+    return failed
+
+
 @app.command()
 def study(
     preset: Preset = "quick",
     seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="So many runs of each variant, with seeds from --seed on.")] = 1,
+    controls: Annotated[bool, typer.Option("--controls", help=f"Also train the controls: {', '.join(CONTROLS)}.")] = False,
     data: Data = None,
     out: Out = Path("results"),
+    workers: Annotated[int, typer.Option(min=1, help="So many runs at a time on this machine (needs the extra 'cluster').")] = 1,
+    scheduler: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers see the same folders (needs the extra 'cluster').")] = "",
     notebooks: Annotated[Path, typer.Option(help="The folder with train.ipynb and report.ipynb.")] = Path("nbs"),
 ):
-    "Train every variant with train.ipynb, then write the report with report.ipynb."
+    "Train every variant with train.ipynb, then write the report with report.ipynb. Complete runs are skipped, interrupted ones go on."
     root, reason = find_data(data)
-    if not reason.startswith("bundled"):   # by the environment and absolute: notebooks run elsewhere, and should not carry a path of this machine
-        os.environ["FACESR_CELEBA"] = str(root.resolve())
-    up = os.path.relpath(out, notebooks)
-    for variant in VARIANTS:
-        config = resolve(variant, preset, seed=seed)
-        folder = run_folder(out, config)
-        executed = folder / "checkpoint" / "train.ipynb"
-        if is_complete(folder, config, root):
-            print(f"{folder} is complete")
-        else:
-            print(f"{folder}: training {variant}", flush=True)
-            execute(notebooks / "train.ipynb", executed, {"variant": variant, "preset": preset, "seed": seed, "out": up})
-        if executed.is_file():   # `facesr train` makes a run without one
-            write_atomically(folder / "train.ipynb", as_published(executed))
+    root = None if reason.startswith("bundled") else root.resolve()
+    here, there = (out.resolve(), notebooks.resolve()) if scheduler else (out, notebooks)
+    runs = {}
+    for number in range(seed, seed + seeds):
+        for variant in [*VARIANTS, *(CONTROLS if controls else ())]:
+            runs[f"{variant} (seed {number})"] = (variant, preset, number, root, here, there)
+    failed = run_all(runs, workers, scheduler)
+    if len(failed) == len(runs):
+        raise RuntimeError("no run was made: " + next(iter(failed.values())))
+    if root:
+        os.environ["FACESR_CELEBA"] = str(root)
     report = out / preset / "report.html"
     executed = out / preset / "checkpoint" / "report.ipynb"
-    execute(notebooks / "report.ipynb", executed, {"preset": preset, "out": up})
+    execute(notebooks / "report.ipynb", executed, {"preset": preset, "out": os.path.relpath(out, notebooks)})
     write_report(executed, report)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(f"{label}: {why}" for label, why in failed.items()) + f". The others are in {report}")
     print(report.resolve() if not report.is_relative_to(".") else report)
 
 
 @app.command()
 def train(
-    variant: Annotated[str, typer.Argument(help="What is studied: a name in facesr.study.VARIANTS.")] = "baseline",
+    variant: Annotated[str, typer.Argument(help="What is studied: a name in facesr.study.VARIANTS or CONTROLS.")] = "baseline",
     preset: Preset = "quick",
     seed: Seed = 0,
     data: Data = None,
@@ -128,7 +190,7 @@ def train(
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
     print(train_run(resolve(variant, preset, seed=seed, **overrides), data, out))
 
-# %% ../nbs/12_cli.ipynb #7a107a77
+# %% ../nbs/12_cli.ipynb #2db5a481
 heatmaps = typer.Typer(no_args_is_help=True, help="Heatmaps: made by a detector, kept in an HDF5 store by file name.")
 app.add_typer(heatmaps, name="heatmaps")
 Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
@@ -195,7 +257,7 @@ def export(
     write_atomically(Path(f"{out}.names.txt"), "\n".join(names) + "\n")
     print(f"{out}: {len(names):,} heatmaps, their names in {out}.names.txt")
 
-# %% ../nbs/12_cli.ipynb #8a7cdddb
+# %% ../nbs/12_cli.ipynb #d0c12b67
 def main() -> None:
     "The command `facesr`. Exit codes: 0 done, 1 failed (the last line says why), 2 wrong usage, 130 interrupted."
     try:

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PARTS', 'PAPER_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA', 'SCHEMA', 'SHARD', 'Part', 'read_parts', 'edges', 'fade',
            'radial', 'Recipe', 'heatmap', 'overlay_figure', 'source_of', 'HeatmapStore', 'store_path', 'make_heatmaps',
-           'import_published', 'export_published', 'coverage', 'mean_map', 'coverage_figure']
+           'import_published', 'export_published', 'coverage', 'mean_map', 'coverage_figure', 'edge_map', 'others',
+           'attention_maps']
 
-# %% ../nbs/03_heatmaps.ipynb #2a852bc8
+# %% ../nbs/03_heatmaps.ipynb #631c43b7
 import csv
 import hashlib
 import json
 import os
+import random
 import shutil
 import time
 import urllib.request
@@ -30,14 +32,15 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from .degradation import HR_SIZE
 from .detection import Detections, PartDetector
-from .faces import FaceSet, read_pixels
+from .faces import FaceSet, Pixels, read_pixels
 
-# %% ../nbs/03_heatmaps.ipynb #f841a951
+# %% ../nbs/03_heatmaps.ipynb #1111e867
 @dataclass(frozen=True)
 class Part:
     "How a class enters the map."
@@ -79,7 +82,7 @@ def read_parts(
             raise ValueError(f"{path}, line {line}: {error}") from error
     return parts
 
-# %% ../nbs/03_heatmaps.ipynb #f0f4f1cd
+# %% ../nbs/03_heatmaps.ipynb #56deb3e1
 CANNY = (50, 150)                    # thresholds
 BLUR_SIZE, BLUR_SIGMA = 21, 2.0      # pixels
 
@@ -92,7 +95,7 @@ def edges(
     lines = cv2.Canny(grey, *CANNY).astype(np.float32)
     return sum(0.5 * x / x.max() for x in (gradient, lines) if x.max() > 0) + np.zeros_like(gradient)
 
-# %% ../nbs/03_heatmaps.ipynb #1768f59d
+# %% ../nbs/03_heatmaps.ipynb #938f3b82
 def fade(
     height: int, width: int,            # of the box in pixels
     kind: Literal["centre", "rim"],
@@ -111,7 +114,7 @@ def radial(
     d2 = x**2 + y**2
     return np.exp(-0.8 * d2 / max(d2.max(), 1e-9)).clip(0.3, 1)
 
-# %% ../nbs/03_heatmaps.ipynb #a9ccee29
+# %% ../nbs/03_heatmaps.ipynb #caa2aa7a
 @dataclass(frozen=True)
 class Recipe:
     "All that turns boxes into a map."
@@ -150,7 +153,7 @@ def heatmap(
     low, high = blurred.min(), blurred.max()
     return (blurred - low) / (high - low) if high - low > 1e-6 else np.zeros_like(blurred)
 
-# %% ../nbs/03_heatmaps.ipynb #42a2ac95
+# %% ../nbs/03_heatmaps.ipynb #98422418
 def overlay_figure(
     faces: Tensor,  # [N, 3, H, W] uint8, RGB
     maps: Tensor,   # [N, 1, H, W] in [0, 1]
@@ -163,7 +166,7 @@ def overlay_figure(
         column[1].imshow(h[0], cmap="magma", alpha=0.65, vmin=0, vmax=1)
     return figure
 
-# %% ../nbs/03_heatmaps.ipynb #f969cde0
+# %% ../nbs/03_heatmaps.ipynb #8f2acc94
 SCHEMA = "facesr heatmaps 1"
 
 
@@ -283,7 +286,7 @@ def _check_values(maps: np.ndarray, names: Sequence[str], path: Path) -> None:
     if not good.all():
         raise ValueError(f"{path} holds NaN or values outside [0, 1] for {names[int(np.argmin(good))]}; make the store again")
 
-# %% ../nbs/03_heatmaps.ipynb #c0653146
+# %% ../nbs/03_heatmaps.ipynb #0306b8fa
 SHARD = 512   # faces
 
 
@@ -355,6 +358,21 @@ def _refuse_other(then: dict[str, Any], now: dict[str, Any], path: Path) -> None
         raise ValueError(f"{path} holds heatmaps with another {' and '.join(dict.fromkeys(differing))}; maps of two kinds are not mixed in one file: choose another --out, or remove it")
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    "One process at a time makes a store; others wait, and find it made."
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}); choose another place") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def make_heatmaps(
     path: str | Path,                # of the store; made, or added to
     images: Path,                    # the folder of `names`
@@ -373,41 +391,42 @@ def make_heatmaps(
         raise ValueError(f"names holds {twice[0]} more than once; a face has one heatmap")
     settings = {"classes": list(detector.classes), "recipe": recipe.settings, "detector": detector.settings, "detector_sha256": detector.fingerprint,
                 "versions": {name: version(name) for name in ("facesr", "ultralytics", "opencv-python", "torch", "numpy", "h5py")}}
-    store = HeatmapStore(path) if path.exists() else None
-    if store:
-        _refuse_other(store.settings, settings, path)
-    missing = [name for name in names if store is None or name not in store]
-    if not missing:
-        return store
-    shards = path.with_name(path.name + ".parts")
-    groups = {shards / f"{hashlib.sha256('/'.join(group).encode()).hexdigest()[:16]}.h5": group for group in (missing[i : i + SHARD] for i in range(0, len(missing), SHARD))}
-    done, started, skipped = 0, time.monotonic(), {}
-    for shard, group in groups.items():
-        if shard.exists():
-            with _damage(shard), h5py.File(shard, "r") as file:
-                _refuse_other(json.loads(file.attrs["settings"]), settings, shards)
-            report(f"heatmaps: {len(group):,} faces were done before")
-            continue
-        pixels = read_pixels(images, group, skip_unreadable=skip_unreadable)
-        skipped |= pixels.skipped
-        with _new_file(shard, settings) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(pixels.names), batch_size):
-                faces = pixels.levels[HR_SIZE][first : first + batch_size]
-                found = detector(faces)
-                maps = pool.map(heatmap, (np.ascontiguousarray(face.permute(1, 2, 0).numpy()) for face in faces), found, [recipe] * len(found))
-                _append(file, heatmaps=np.stack(list(maps)).astype(np.float16), names=pixels.names[first : first + batch_size],
-                        counts=np.array([[d.classes.count(name) for name in detector.classes] for d in found], np.uint16), sources=source_of(faces))
-        done += len(group)
-        rate = done / (time.monotonic() - started)
-        left = sum(len(g) for s, g in groups.items() if not s.exists())
-        report(f"heatmaps: {done:,} faces, {rate:.0f} faces/s, {left / rate:.0f} s left")
-    _gather(path, ([path] if store else []) + list(groups), settings)
-    shutil.rmtree(shards)
-    if skipped:
-        report(f"left out {len(skipped):,} unreadable images: {', '.join(list(skipped)[:5])}{', ...' if len(skipped) > 5 else ''}")
+    with _alone(path):
+        store = HeatmapStore(path) if path.exists() else None
+        if store:
+            _refuse_other(store.settings, settings, path)
+        missing = [name for name in names if store is None or name not in store]
+        if not missing:
+            return store
+        shards = path.with_name(path.name + ".parts")
+        groups = {shards / f"{hashlib.sha256('/'.join(group).encode()).hexdigest()[:16]}.h5": group for group in (missing[i : i + SHARD] for i in range(0, len(missing), SHARD))}
+        done, started, skipped = 0, time.monotonic(), {}
+        for shard, group in groups.items():
+            if shard.exists():
+                with _damage(shard), h5py.File(shard, "r") as file:
+                    _refuse_other(json.loads(file.attrs["settings"]), settings, shards)
+                report(f"heatmaps: {len(group):,} faces were done before")
+                continue
+            pixels = read_pixels(images, group, skip_unreadable=skip_unreadable)
+            skipped |= pixels.skipped
+            with _new_file(shard, settings) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+                for first in range(0, len(pixels.names), batch_size):
+                    faces = pixels.levels[HR_SIZE][first : first + batch_size]
+                    found = detector(faces)
+                    maps = pool.map(heatmap, (np.ascontiguousarray(face.permute(1, 2, 0).numpy()) for face in faces), found, [recipe] * len(found))
+                    _append(file, heatmaps=np.stack(list(maps)).astype(np.float16), names=pixels.names[first : first + batch_size],
+                            counts=np.array([[d.classes.count(name) for name in detector.classes] for d in found], np.uint16), sources=source_of(faces))
+            done += len(group)
+            rate = done / (time.monotonic() - started)
+            left = sum(len(g) for s, g in groups.items() if not s.exists())
+            report(f"heatmaps: {done:,} faces, {rate:.0f} faces/s, {left / rate:.0f} s left")
+        _gather(path, ([path] if store else []) + list(groups), settings)
+        shutil.rmtree(shards)
+        if skipped:
+            report(f"left out {len(skipped):,} unreadable images: {', '.join(list(skipped)[:5])}{', ...' if len(skipped) > 5 else ''}")
     return HeatmapStore(path)
 
-# %% ../nbs/03_heatmaps.ipynb #d35b3b77
+# %% ../nbs/03_heatmaps.ipynb #72456ff7
 def import_published(
     source: str,           # a file, or its http(s) address
     path: str | Path,      # the store to make
@@ -488,7 +507,7 @@ def _sha256(path: Path) -> str:
             digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/03_heatmaps.ipynb #012985c9
+# %% ../nbs/03_heatmaps.ipynb #92cdc4df
 def coverage(
     store: HeatmapStore,
 ) -> pd.DataFrame:        # by class: share of faces with at least one, detections a face
@@ -499,19 +518,20 @@ def coverage(
 
 def mean_map(
     store: HeatmapStore,
+    names: Sequence[str], # of these faces
 ) -> np.ndarray:          # [128, 128] in [0, 1]
     "The mean heatmap, read a block at a time."
     total = np.zeros((HR_SIZE, HR_SIZE))
-    for start in range(0, len(store), SHARD):
-        total += store.maps(store.names[start : start + SHARD])[:, 0].double().sum(0).numpy()
-    return total / len(store)
+    for start in range(0, len(names), SHARD):
+        total += store.maps(names[start : start + SHARD])[:, 0].double().sum(0).numpy()
+    return total / len(names)
 
 
 def coverage_figure(store: HeatmapStore) -> Figure:
     "The mean map, and how often each class was found."
     figure = Figure(figsize=(7, 2.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    figure.colorbar(left.imshow(mean_map(store), cmap="magma", vmin=0), ax=left, fraction=0.046)
+    figure.colorbar(left.imshow(mean_map(store, store.names), cmap="magma", vmin=0), ax=left, fraction=0.046)
     left.set_title("mean heatmap", fontsize=9); left.axis("off")
     table = coverage(store)
     right.barh(table.index[::-1], table["faces with at least one"][::-1], color="#4878a8")
@@ -519,3 +539,38 @@ def coverage_figure(store: HeatmapStore) -> Figure:
     right.set_title(f"{len(store):,} faces, {len(store.empty):,} without any detection", fontsize=9)
     right.spines[["top", "right"]].set_visible(False)
     return figure
+
+# %% ../nbs/03_heatmaps.ipynb #7b8522a2
+def edge_map(
+    image: np.ndarray,   # [H, W, 3] uint8, RGB
+) -> np.ndarray:         # [H, W] float32 in [0, 1]
+    "The edges of the whole image, blurred and stretched as a heatmap is: what remains of the recipe without detections."
+    blurred = cv2.GaussianBlur(edges(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)), (BLUR_SIZE, BLUR_SIZE), BLUR_SIGMA)
+    return (blurred - blurred.min()) / max(float(np.ptp(blurred)), 1e-6)
+
+
+def others(names: Sequence[str], seed: int) -> dict[str, str]:
+    "For every name another one, each taken once: neighbours in a random circle."
+    circle = sorted(names)
+    random.Random(seed).shuffle(circle)
+    return dict(zip(circle, circle[1:] + circle[:1]))
+
+
+def attention_maps(
+    kind: Literal["heatmap", "uniform", "edges", "shuffled", "mean"],
+    pixels: Pixels,                # the training faces
+    store: HeatmapStore | None,    # their heatmaps; "uniform" and "edges" need none
+    seed: int,                     # of who gets whose map
+) -> Callable[[Sequence[str]], Tensor]:   # names -> [B, 1, 128, 128] in [0, 1]
+    "The maps of a kind, by name."
+    if kind == "heatmap":
+        return store.maps
+    if kind == "shuffled":
+        whose = others(pixels.names, seed)
+        return lambda names: store.maps([whose[name] for name in names])
+    if kind == "edges":
+        row = {name: i for i, name in enumerate(pixels.names)}
+        image = lambda name: np.ascontiguousarray(pixels.levels[HR_SIZE][row[name]].permute(1, 2, 0).numpy())
+        return lambda names: torch.from_numpy(np.stack([edge_map(image(name)) for name in names]))[:, None]
+    same = torch.zeros(HR_SIZE, HR_SIZE) if kind == "uniform" else torch.from_numpy(mean_map(store, pixels.names)).float()
+    return lambda names: same.expand(len(names), 1, -1, -1)

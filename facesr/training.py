@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #6a22e077
+# %% ../nbs/09_training.ipynb #5b063090
 import io
 import json
 import math
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,13 +30,13 @@ from torch.utils.data import DataLoader
 from .degradation import to_float, to_uint8
 from .detection import bundled_detector
 from .faces import EpochBatches, FaceDataset, FaceSet, Pixels, find_data, find_faces, read_pixels
-from .heatmaps import PARTS, HeatmapStore, Recipe, make_heatmaps, store_path
+from .heatmaps import PARTS, HeatmapStore, Recipe, attention_maps, make_heatmaps, store_path
 from .losses import Objective
 from .metrics import Evaluator, evaluate, summarise
-from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
+from .model import DeepSupervision, SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #f9b50a81
+# %% ../nbs/09_training.ipynb #24d36f0c
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -45,7 +46,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #526bab42
+# %% ../nbs/09_training.ipynb #fdddbdad
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -60,7 +61,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #0bf93910
+# %% ../nbs/09_training.ipynb #808ed182
 @dataclass
 class Progress:
     step: int = 0
@@ -89,7 +90,7 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #3109f509
+# %% ../nbs/09_training.ipynb #a3d34544
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -114,6 +115,7 @@ class Trainer:
         self._read_faces(data)
         self._open_heatmaps(Path(out))
         self._build()
+        self._lock()
         self._resume()
         if self.main:   # before any work: a folder that cannot be written to is found out now
             write_json(self.work / "config.json", {"config": config.model_dump()})
@@ -141,30 +143,34 @@ class Trainer:
     def _open_heatmaps(self, out: Path) -> None:
         "The maps of the training faces, where this run looks at them. Those of `results/heatmaps` are made where they are missing; a store that was named is only read."
         self.heatmaps: HeatmapStore | None = None
+        self.maps = None
+        kind, train = self.config.attention_map, self.pixels["train"]
         if not self.config.attention_weight:
             return
-        train = self.pixels["train"]
-        if self.config.heatmaps:
-            self.heatmaps = HeatmapStore(self.config.heatmaps)
-        else:
-            with self.accelerator.main_process_first():
-                self.heatmaps = make_heatmaps(store_path(out, self.faces), self.faces.images, train.names, bundled_detector(device=str(self.accelerator.device)), Recipe(PARTS), report=self._say)
-        self.heatmaps.check(train.names, train.levels[128])
-        self._say(f"heatmaps: {len(set(self.heatmaps.empty) & set(train.names)):,} of {len(train.names):,} training faces without detections, for which all pixels weigh the same")
+        if kind in ("heatmap", "shuffled", "mean"):
+            if self.config.heatmaps:
+                self.heatmaps = HeatmapStore(self.config.heatmaps)
+            else:
+                with self.accelerator.main_process_first():
+                    self.heatmaps = make_heatmaps(store_path(out, self.faces), self.faces.images, train.names, bundled_detector(device=str(self.accelerator.device)), Recipe(PARTS), report=self._say)
+            self.heatmaps.check(train.names, train.levels[128])
+            self._say(f"heatmaps: {len(set(self.heatmaps.empty) & set(train.names)):,} of {len(train.names):,} training faces without detections, for which all pixels weigh the same")
+        self.maps = attention_maps(kind, train, self.heatmaps, self.config.seed)
 
     def _build(self) -> None:
         config, accelerator = self.config, self.accelerator
         self.batches = EpochBatches(len(self.pixels["train"].names), config.batch_size, config.seed, config.flips, accelerator.process_index, accelerator.num_processes)
-        self.loader = DataLoader(FaceDataset(self.pixels["train"], self.heatmaps and self.heatmaps.maps), batch_sampler=self.batches, collate_fn=lambda batch: batch)
+        self.loader = DataLoader(FaceDataset(self.pixels["train"], self.maps), batch_sampler=self.batches, collate_fn=lambda batch: batch)
         self.total_steps = config.epochs * len(self.batches)
         torch.manual_seed(config.seed)
         self.network = SuperResolutionUNet(config.conv, config.width, config.blocks).to(accelerator.device)
         self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        trained = DeepSupervision(self.network).to(accelerator.device) if config.supervision == "deep" else self.network   # the heads come last: the network starts the same with and without
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.model, self.optimizer = accelerator.prepare(trained, optimizer)
         self.objective = Objective(
             config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_every,
-            config.attention_weight, config.ramp, config.seed,
+            config.attention_weight, config.supervision == "multiscale", config.ramp, config.seed,
         ).to(accelerator.device, memory_format=torch.channels_last)
         self.evaluator = Evaluator(lpips=("alex",), device=accelerator.device, groups=("primary",))
         self.progress = Progress()
@@ -272,7 +278,7 @@ class Trainer:
         if not self.main:
             return
         state = {
-            "identity": self.identity, "model": self.network.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "identity": self.identity, "model": self.accelerator.unwrap_model(self.model).state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None, "progress": asdict(self.progress),
         }
         buffer = io.BytesIO()
@@ -293,7 +299,7 @@ class Trainer:
             raise ValueError(f"the checkpoint {path} cannot be read ({type(error).__name__}); remove it to start this run anew") from error
         if then != now:
             raise ValueError(f"{self.work} holds a run with other settings ({differences(then, now)}); start with those, choose another out, or remove that folder")
-        self.network.load_state_dict(state["model"])
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
@@ -302,6 +308,19 @@ class Trainer:
         self.progress.sums = {name: total.to(self.accelerator.device) for name, total in self.progress.sums.items()}
         self._note_commit()
         self._say(f"continuing {self.folder.name} at step {self.progress.step:,} of {self.total_steps:,}")
+
+    def _lock(self) -> None:
+        "One process a run: a second one waits a moment for the first to end, and gives up. The operating system lifts the lock when a process dies."
+        if not self.main:
+            return
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.work / "lock", timeout=20, is_singleton=True)
+            self.lock.acquire()
+        except Timeout:
+            raise RuntimeError(f"{self.work} is in use: another process is training this run; wait for it, or choose another out") from None
+        except OSError as error:
+            raise OSError(f"{self.work} cannot be written ({error}); choose another out") from error
 
     def _note_commit(self) -> None:
         commit = self.provenance["commit"]
@@ -350,6 +369,7 @@ class Trainer:
             (self.work / name).replace(self.folder / name)
         write_json(self.work / "complete", made_of(self.config, self.root))
         (self.work / "state.pt").unlink()
+        self.lock.release()
         return table
 
 

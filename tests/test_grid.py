@@ -1,0 +1,65 @@
+"Grids of runs: controls and seeds, failures among them, and workers that die."
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import FACESR, ROOT
+
+from facesr import cli
+
+
+def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def run(variant, *rest):
+        if variant == "heatmap":
+            raise RuntimeError("out of luck")
+        made.append(variant)
+
+    monkeypatch.setattr(cli, "run_notebook", run)
+    monkeypatch.setattr(cli, "execute", lambda *a: None)
+    monkeypatch.setattr(cli, "write_report", lambda *a: None)
+    with pytest.raises(RuntimeError, match="1 of 8 runs failed: heatmap \\(seed 3\\): out of luck"):
+        cli.study(preset="smoke", seed=3, seeds=1, controls=True, data=None, out=tmp_path, workers=1, scheduler="", notebooks=ROOT / "nbs")
+    assert made == ["baseline", "multiscale", "deep", "uniform", "edges", "shuffled", "mean"]
+    assert "heatmap (seed 3) failed: out of luck" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_is_not_there_is_named(facesr, tmp_path):
+    done = facesr("study", "--preset", "smoke", "--scheduler", "tcp://127.0.0.1:9", "--out", tmp_path)
+    assert done.returncode == 1 and "tcp://127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
+    "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint and ends with the same bits."
+    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"} | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    study = [FACESR, "study", "--preset", "smoke", "--workers", "2", "--out", str(tmp_path / "killed")]
+    log = open(tmp_path / "log", "w+")
+    process = subprocess.Popen(study, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    killed = None
+    while killed is None:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        for state in (tmp_path / "killed" / "smoke").glob("*/seed0/checkpoint/state.pt"):
+            kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+            kernel = next((k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None)   # the one that holds the run's lock
+            if kernel:
+                killed = state.parent.parent.parent.name
+                worker = kernel.parent()
+                kernel.send_signal(signal.SIGKILL)
+                worker.send_signal(signal.SIGKILL)
+                break
+        time.sleep(0.02)
+    assert process.wait(timeout=900) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert f"{killed} (seed 0) done" in said and said.count("continuing seed0 at step") == 1
+
+    subprocess.run([FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")], cwd=ROOT, env=environment, check=True, timeout=900)
+    runs = [tmp_path / which / "smoke" / killed / "seed0" for which in ("killed", "whole")]
+    assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
+    assert len({(run / "per_image.csv").read_bytes() for run in runs}) == 1
+    assert sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json")) == ["baseline", "deep", "heatmap", "multiscale"]
+    assert json.loads((tmp_path / "killed" / "smoke" / killed / "seed0" / "config.json").read_text())["threads"] == 1

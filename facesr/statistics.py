@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICES', 'paired_difference', 'over_seeds', 'compare', 'statement', 'slices']
 
-# %% ../nbs/10_statistics.ipynb #7942acd0
+# %% ../nbs/10_statistics.ipynb #f6cfe83b
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control, permutation_test
 
 from .metrics import METRICS, bootstrap_means
 
-# %% ../nbs/10_statistics.ipynb #13939f06
+# %% ../nbs/10_statistics.ipynb #17c4f2dc
 def paired_difference(
     ours: pd.DataFrame,             # a row an image: name, metrics, and perhaps identity
     theirs: pd.DataFrame,           # the same images
@@ -37,7 +37,7 @@ def paired_difference(
         found["low"], found["high"] = (float(q) for q in np.quantile(means, [tail, 1 - tail]))
     return found | {"better": float(better.mean())}
 
-# %% ../nbs/10_statistics.ipynb #c851ae06
+# %% ../nbs/10_statistics.ipynb #5626dafc
 def over_seeds(
     ours: Sequence[float],      # a mean a seed
     theirs: Sequence[float],    # of the same seeds, in the same order
@@ -52,31 +52,31 @@ def over_seeds(
     wins = np.sign(ours[:, None] - theirs[None, :]) * (1 if higher_is_better else -1)
     return {"difference": float(differences.mean()), "p": float(min(1.0, test.pvalue)), "smallest": 2.0 ** (1 - len(ours)), "improvement": float((wins + 1).mean() / 2), "seeds": len(ours)}
 
-# %% ../nbs/10_statistics.ipynb #668f0c2f
+# %% ../nbs/10_statistics.ipynb #974d150d
 def compare(
     runs: dict[str, dict[int, pd.DataFrame]],  # variant -> seed -> per-image table
-    reference: str,                            # a variant
+    pairs: Sequence[tuple[str, str]],          # variant, reference
     metrics: Sequence[str] = ("psnr", "lpips_alex"),
-) -> pd.DataFrame:                             # a row a variant and metric
-    "Differences from the reference: on the faces, per seed averaged, and over seeds where there are at least two."
-    others = [variant for variant in runs if variant != reference]
+) -> pd.DataFrame:                             # a row a pair and metric
+    "Differences from the reference: on the faces, averaged over the seeds that both have, and over seeds where there are at least two."
     rows = []
-    for variant in others:
+    for variant, reference in pairs:
         seeds = sorted(set(runs[variant]) & set(runs[reference]))
         for metric in metrics:
             if not seeds or any(metric not in runs[v][s] for v in (variant, reference) for s in seeds):
                 continue
             mean_of = lambda v: pd.concat([runs[v][s].set_index("name")[metric] for s in seeds], axis=1).mean(axis=1).rename(metric)
             tables = [runs[v][seeds[0]].set_index("name").filter(["identity"]).join(mean_of(v)).reset_index() for v in (variant, reference)]
-            row = {"variant": variant, "reference": reference, "metric": metric, **paired_difference(*tables, metric, len(others) * len(metrics))}
+            row = {"variant": variant, "reference": reference, "metric": metric, **paired_difference(*tables, metric, len(pairs) * len(metrics))}
             if len(seeds) > 1:
                 means = [[float(runs[v][s][metric].mean()) for s in seeds] for v in (variant, reference)]
                 row |= {key: value for key, value in over_seeds(*means, METRICS[metric].higher_is_better).items() if key != "difference"}
             rows.append(row)
     table = pd.DataFrame(rows)
     if "p" in table:
-        tested = table["p"].notna()
-        table.loc[tested, "p corrected"] = false_discovery_control(table.loc[tested, "p"], method="by")
+        table["p corrected"] = np.nan
+        for _, rows in table[table["p"].notna()].groupby("metric"):
+            table.loc[rows.index, "p corrected"] = false_discovery_control(rows["p"], method="bh")
     return table
 
 
@@ -100,7 +100,7 @@ def statement(row: pd.Series) -> str:
     reach = "" if row["smallest"] < 0.05 else f" ({int(row['seeds'])} seeds cannot show one: the smallest p they can reach is {row['smallest']:.2g})"
     return f"{verdict}; over seeds no difference is shown{reach}: {over}."
 
-# %% ../nbs/10_statistics.ipynb #089e74c3
+# %% ../nbs/10_statistics.ipynb #de56ef83
 SLICES = {"Eyeglasses": ("glasses", "no glasses"), "Wearing_Hat": ("hat", "no hat"), "Male": ("men", "women"), "Young": ("young", "not young")}   # as CelebA's annotators saw them
 
 

@@ -1,5 +1,6 @@
 "The papermill notebooks, run as a user runs them."
 import json
+import shutil
 import subprocess
 import sys
 
@@ -25,12 +26,13 @@ def test_the_study_ends_with_a_report(facesr, results):
     result = facesr("study", "--preset", "smoke", "--out", results)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
-    for variant in ("baseline", "heatmap"):
+    for variant in ("baseline", "multiscale", "deep", "heatmap"):
         run = results / "smoke" / variant / "seed0"
         assert {"config.json", "history.csv", "per_image.csv", "metrics.json", "model.safetensors", "progress.png", "train.ipynb"} <= {p.name for p in run.iterdir()}
         assert str(ROOT) not in (run / "train.ipynb").read_text()
         assert {"psnr", "psnr_eye", "psnr_nose", "psnr_mouth"} <= set(pd.read_csv(run / "per_image.csv"))
-        assert ("attention" in pd.read_csv(run / "history.csv")) == (variant == "heatmap")
+        assert ("attention" in pd.read_csv(run / "history.csv")) == (variant != "baseline")
+        assert ("attention_32" in pd.read_csv(run / "history.csv")) == (variant in ("multiscale", "deep"))
     recorded = json.loads((run / "config.json").read_text())["heatmaps"]
     assert recorded["recipe"]["parts"]["eye"]["weight"] == 4.5 and len(recorded["detector_sha256"]) == 64
     report = (results / "smoke" / "report.html").read_text()
@@ -45,20 +47,47 @@ def test_the_study_run_again_trains_nothing(facesr, results):
     assert "is complete" in result.stdout and "epoch" not in result.stdout
 
 
-def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, tmp_path):
-    for variant in ("baseline", "heatmap"):
-        assert facesr("train", variant, "--preset", "smoke", "--out", tmp_path).returncode == 0
-    result = facesr("study", "--preset", "smoke", "--out", tmp_path)
+def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    shutil.rmtree(tmp_path / "results" / "smoke" / "baseline")
+    assert facesr("train", "baseline", "--preset", "smoke", "--out", tmp_path / "results").returncode == 0
+    result = facesr("study", "--preset", "smoke", "--out", tmp_path / "results")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("is complete") == 2 and "epoch" not in result.stdout
-    assert (tmp_path / "smoke" / "report.html").exists() and not list(tmp_path.glob("smoke/*/seed0/train.ipynb"))
+    assert result.stdout.count("is complete") == 4 and "epoch" not in result.stdout
+    assert not (tmp_path / "results" / "smoke" / "baseline" / "seed0" / "train.ipynb").exists()
+
+
+def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
+    "Runs of other seeds are made of copies with known shifts, so that what the report has to say is known."
+    for variant, source, shift in (("baseline", "baseline", 0.0), ("heatmap", "heatmap", 1.0), ("deep", "heatmap", -1.0), ("uniform", "baseline", 0.0)):
+        for seed in range(8):
+            run = tmp_path / "smoke" / variant / f"seed{seed}"
+            shutil.copytree(results / "smoke" / source / "seed0", run, ignore=shutil.ignore_patterns("checkpoint"))
+            metrics = json.loads((run / "metrics.json").read_text()) | {"variant": variant, "seed": seed}
+            (run / "metrics.json").write_text(json.dumps(metrics))
+            table = pd.read_csv(results / "smoke" / "baseline" / "seed0" / "per_image.csv")
+            table["psnr"] += shift + 0.01 * (seed + 1) * (variant != "baseline") * (1 if shift >= 0 else -1) * (-1 if variant == "uniform" and seed % 2 else 1)
+            table.to_csv(run / "per_image.csv", index=False)
+    result = subprocess.run([sys.executable, "-m", "papermill", "nbs/report.ipynb", str(tmp_path / "report.ipynb"), "--cwd", "nbs", "--no-progress-bar", "-p", "preset", "smoke", "-p", "out", str(tmp_path)],
+                            cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    said = "\n".join(o["data"]["text/markdown"] for c in nbformat.read(tmp_path / "report.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {}))
+    sentence = lambda variant, reference: next(line for line in said.splitlines() if line.startswith(f"- PSNR, {variant} against {reference}"))
+    assert "**better** on these faces, and **over seeds**" in sentence("heatmap", "baseline") and "probability of improvement 100%" in sentence("heatmap", "baseline")
+    assert "**worse** on these faces, and **over seeds**" in sentence("deep", "baseline")
+    assert "no difference is shown" in sentence("uniform", "baseline") or "over seeds no difference is shown" in sentence("uniform", "baseline")
+    assert "**better**" in sentence("heatmap", "uniform")
+    table = pd.read_csv(tmp_path / "smoke" / "comparisons.csv").set_index(["variant", "reference", "metric"])
+    assert table.loc[("heatmap", "baseline", "psnr"), "difference"] == pytest.approx(1.045, abs=1e-4)
+    assert table.loc[("heatmap", "baseline", "psnr"), "p"] == pytest.approx(2 / 2**8)
+    assert "One seed each" not in said
 
 
 def test_parameters_reach_the_notebook(facesr, tmp_path):
-    result = papermill(facesr, tmp_path / "out.ipynb", ("preset", "smoke"), ("out", tmp_path), ("epochs", 1), ("learning_rate", "5e-4"), ("flips", "false"))
+    result = papermill(facesr, tmp_path / "out.ipynb", ("variant", "deep"), ("preset", "smoke"), ("out", tmp_path), ("epochs", 1), ("learning_rate", "5e-4"), ("flips", "false"))
     assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "smoke" / "baseline" / "seed0" / "config.json").read_text())["config"]
-    assert (config["epochs"], config["learning_rate"], config["flips"]) == (1, 5e-4, False)
+    config = json.loads((tmp_path / "smoke" / "deep" / "seed0" / "config.json").read_text())["config"]
+    assert (config["supervision"], config["epochs"], config["learning_rate"], config["flips"]) == ("deep", 1, 5e-4, False)
 
 
 @pytest.mark.parametrize("name, value, sentence", [

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'heatmaps', 'Store', 'NotebookError', 'execute', 'as_published',
            'write_report', 'run_notebook', 'run_all', 'study', 'train', 'make', 'show', 'import_', 'export', 'main']
 
-# %% ../nbs/12_cli.ipynb #c9cd7177
+# %% ../nbs/12_cli.ipynb #6cfd16c3
 import os
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ from .training import train as train_run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #22588c89
+# %% ../nbs/12_cli.ipynb #4dcd6fc3
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -73,7 +73,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #cd353c11
+# %% ../nbs/12_cli.ipynb #66710f42
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
@@ -84,25 +84,27 @@ def run_notebook(
     variant: str,
     preset: str,
     seed: int,
-    data: Path | None,   # absolute; None: as `find_data` finds them
+    data: Path | None,   # absolute; None: the bundled faces
     out: Path,           # the folder of all results
     notebooks: Path,     # the folder with train.ipynb
 ) -> None:
     "One run through train.ipynb; nothing where it is complete. Raises what the notebook ends with."
+    if data:   # by the environment: notebooks should not carry a path of this machine
+        os.environ["FACESR_CELEBA"] = str(data)
+    else:      # a worker may have one from an earlier study
+        os.environ.pop("FACESR_CELEBA", None)
     config = resolve(variant, preset, seed=seed)
     folder = run_folder(out, config)
     executed = folder / "checkpoint" / "train.ipynb"
     if is_complete(folder, config, data):
         print(f"{folder} is complete", flush=True)
     else:
-        if data:   # by the environment: notebooks should not carry a path of this machine
-            os.environ["FACESR_CELEBA"] = str(data)
         print(f"{folder}: training {variant}", flush=True)
         execute(notebooks / "train.ipynb", executed, {"variant": variant, "preset": preset, "seed": seed, "out": os.path.relpath(out, notebooks)})
     if executed.is_file():   # `facesr train` makes a run without one
         write_atomically(folder / "train.ipynb", as_published(executed))
 
-# %% ../nbs/12_cli.ipynb #6aa171e2
+# %% ../nbs/12_cli.ipynb #666976b5
 def run_all(
     runs: dict[str, tuple],   # by label: the arguments of `run_notebook`
     workers: int = 1,         # processes on this machine, when there is no scheduler
@@ -190,7 +192,7 @@ def train(
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
     print(train_run(resolve(variant, preset, seed=seed, **overrides), data, out))
 
-# %% ../nbs/12_cli.ipynb #2db5a481
+# %% ../nbs/12_cli.ipynb #f823aeca
 heatmaps = typer.Typer(no_args_is_help=True, help="Heatmaps: made by a detector, kept in an HDF5 store by file name.")
 app.add_typer(heatmaps, name="heatmaps")
 Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
@@ -257,7 +259,7 @@ def export(
     write_atomically(Path(f"{out}.names.txt"), "\n".join(names) + "\n")
     print(f"{out}: {len(names):,} heatmaps, their names in {out}.names.txt")
 
-# %% ../nbs/12_cli.ipynb #d0c12b67
+# %% ../nbs/12_cli.ipynb #72a633ef
 def main() -> None:
     "The command `facesr`. Exit codes: 0 done, 1 failed (the last line says why), 2 wrong usage, 130 interrupted."
     try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICES', 'paired_difference', 'over_seeds', 'compare', 'statement', 'slices']
 
-# %% ../nbs/10_statistics.ipynb #f6cfe83b
+# %% ../nbs/10_statistics.ipynb #8cdf9aba
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.stats import false_discovery_control, permutation_test
 
 from .metrics import METRICS, bootstrap_means
 
-# %% ../nbs/10_statistics.ipynb #17c4f2dc
+# %% ../nbs/10_statistics.ipynb #df316bd8
 def paired_difference(
     ours: pd.DataFrame,             # a row an image: name, metrics, and perhaps identity
     theirs: pd.DataFrame,           # the same images
@@ -37,7 +37,7 @@ def paired_difference(
         found["low"], found["high"] = (float(q) for q in np.quantile(means, [tail, 1 - tail]))
     return found | {"better": float(better.mean())}
 
-# %% ../nbs/10_statistics.ipynb #5626dafc
+# %% ../nbs/10_statistics.ipynb #ce463fbe
 def over_seeds(
     ours: Sequence[float],      # a mean a seed
     theirs: Sequence[float],    # of the same seeds, in the same order
@@ -52,7 +52,7 @@ def over_seeds(
     wins = np.sign(ours[:, None] - theirs[None, :]) * (1 if higher_is_better else -1)
     return {"difference": float(differences.mean()), "p": float(min(1.0, test.pvalue)), "smallest": 2.0 ** (1 - len(ours)), "improvement": float((wins + 1).mean() / 2), "seeds": len(ours)}
 
-# %% ../nbs/10_statistics.ipynb #974d150d
+# %% ../nbs/10_statistics.ipynb #33227548
 def compare(
     runs: dict[str, dict[int, pd.DataFrame]],  # variant -> seed -> per-image table
     pairs: Sequence[tuple[str, str]],          # variant, reference
@@ -90,6 +90,8 @@ def statement(row: pd.Series) -> str:
     what += f" of {row['people']:,} people)" if row["people"] < row["n"] else ")"
     if not (row["low"] > 0 or row["high"] < 0):
         return f"{what}: **no difference is shown** on these faces."
+    if round(abs(row["difference"]), digits) == 0:
+        return f"{what}: a difference too small to matter."
     better = (row["low"] > 0) == metric.higher_is_better
     verdict = f"{what}: **{'better' if better else 'worse'}** on these faces"
     if pd.isna(row.get("p corrected", np.nan)):
@@ -100,7 +102,7 @@ def statement(row: pd.Series) -> str:
     reach = "" if row["smallest"] < 0.05 else f" ({int(row['seeds'])} seeds cannot show one: the smallest p they can reach is {row['smallest']:.2g})"
     return f"{verdict}; over seeds no difference is shown{reach}: {over}."
 
-# %% ../nbs/10_statistics.ipynb #de56ef83
+# %% ../nbs/10_statistics.ipynb #9b18b743
 SLICES = {"Eyeglasses": ("glasses", "no glasses"), "Wearing_Hat": ("hat", "no hat"), "Male": ("men", "women"), "Young": ("young", "not young")}   # as CelebA's annotators saw them
 
 

@@ -9,20 +9,20 @@ from safetensors.torch import load_file
 
 
 def test_two_processes_train_what_one_does(facesr, tmp_path):
-    "DDP over two CPU processes takes the same steps as one process, up to rounding."
-    command = ["train", "baseline", "--preset", "smoke", "--set", "epochs=1", "--set", "perceptual_weight=0"]
+    "DDP over two CPU processes takes the same steps as one process, up to rounding; heads, heatmaps and all."
+    command = ["train", "deep", "--preset", "smoke", "--set", "epochs=1", "--set", "perceptual_weight=0"]
     launch = [str(Path(FACESR).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", FACESR]
     two = subprocess.run([*launch, *command, "--out", str(tmp_path / "two")], cwd=ROOT, env=facesr.environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("epoch 1/1 done") == 1       # one process speaks
     one = facesr(*command, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
-    a, b = (load_file(tmp_path / name / "smoke" / "baseline" / "seed0" / "model.safetensors") for name in ("one", "two"))
+    a, b = (load_file(tmp_path / name / "smoke" / "deep" / "seed0" / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
 
 
 def test_bfloat16_trains(facesr, tmp_path):
-    result = facesr("train", "baseline", "--preset", "smoke", "--set", "epochs=1", "--set", "mixed_precision=bf16", "--out", tmp_path)
+    result = facesr("train", "deep", "--preset", "smoke", "--set", "epochs=1", "--set", "mixed_precision=bf16", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "nan" not in result.stdout
 

@@ -83,6 +83,15 @@ def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
     assert "One seed each" not in said
 
 
+def test_the_report_on_one_variant(facesr, results, tmp_path):
+    shutil.copytree(results / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=shutil.ignore_patterns("checkpoint"))
+    result = subprocess.run([sys.executable, "-m", "papermill", "nbs/report.ipynb", str(tmp_path / "report.ipynb"), "--cwd", "nbs", "--no-progress-bar", "-p", "preset", "smoke", "-p", "out", str(tmp_path)],
+                            cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert "There is one variant only: nothing to compare." in (tmp_path / "report.ipynb").read_text()
+    assert not (tmp_path / "smoke" / "comparisons.csv").exists()
+
+
 def test_parameters_reach_the_notebook(facesr, tmp_path):
     result = papermill(facesr, tmp_path / "out.ipynb", ("variant", "deep"), ("preset", "smoke"), ("out", tmp_path), ("epochs", 1), ("learning_rate", "5e-4"), ("flips", "false"))
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@
 # make prepare          after editing notebooks: clean, export, README
 PRESET ?= quick
 SEED   ?= 0
-SEEDS  ?= 1
+SEEDS  ?=
 CONTROLS ?=
 WORKERS ?= 1
 SCHEDULER ?=
@@ -30,8 +30,8 @@ export PATH := $(CURDIR)/$(bin):$(PATH)
 	touch $@
 
 study: .venv/ready
-	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --seeds '$(SEEDS)' --workers '$(WORKERS)' \
-	  $(if $(CONTROLS),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
+	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --workers '$(WORKERS)' \
+	  $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(CONTROLS),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
 
 prepare: .venv/ready
 	$(bin)/nbdev_clean

@@ -6,7 +6,7 @@
 __all__ = ['ATTENTION_FLOOR', 'ATTENTION_GAMMA', 'SCALES', 'PERCEPTUAL_SIZE', 'pixel_loss', 'PerceptualLoss', 'random_crop',
            'attention_weights', 'attention_loss', 'Scale', 'area', 'scales_of', 'Loss', 'Objective']
 
-# %% ../nbs/06_losses.ipynb #c3ce1f4e
+# %% ../nbs/06_losses.ipynb #89b2fc98
 import random
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 from .faces import Batch
 from .perceptual import VGGFeatures
 
-# %% ../nbs/06_losses.ipynb #6baf248b
+# %% ../nbs/06_losses.ipynb #3443b582
 def pixel_loss(
     sr: Tensor,  # [B, 3, H, W] in [-1, 1]
     hr: Tensor,  # same shape
@@ -25,7 +25,7 @@ def pixel_loss(
     "Mean squared error."
     return functional.mse_loss(sr, hr)
 
-# %% ../nbs/06_losses.ipynb #c8e8fa89
+# %% ../nbs/06_losses.ipynb #4297f8c0
 class PerceptualLoss(nn.Module):
     "Sum over layers of the mean squared difference of VGG16 features."
 
@@ -42,7 +42,7 @@ class PerceptualLoss(nn.Module):
             target = self.features(hr)
         return sum(functional.mse_loss(seen, target[layer]) for layer, seen in self.features(sr).items())
 
-# %% ../nbs/06_losses.ipynb #005fa64c
+# %% ../nbs/06_losses.ipynb #b0ed2699
 def random_crop(
     *images: Tensor,  # [B, C, H, W], all of one size
     size: int,        # pixels a side of the crop, at most H and W
@@ -54,7 +54,7 @@ def random_crop(
     top, left = rng.randint(0, height - size), rng.randint(0, width - size)
     return [image[..., top : top + size, left : left + size] for image in images]
 
-# %% ../nbs/06_losses.ipynb #99a1672a
+# %% ../nbs/06_losses.ipynb #32f213eb
 ATTENTION_FLOOR, ATTENTION_GAMMA = 0.1, 1.3
 
 
@@ -79,7 +79,7 @@ def attention_loss(
     error = (sr - hr).abs().mean(1, keepdim=True)
     return ((weights * error).sum((1, 2, 3)) / weights.sum((1, 2, 3))).mean()
 
-# %% ../nbs/06_losses.ipynb #7425ab92
+# %% ../nbs/06_losses.ipynb #05973608
 SCALES = {128: 1.0, 64: 0.2, 32: 0.05}   # pixels a side -> weight (arXiv 2605.14166)
 PERCEPTUAL_SIZE = 96                     # pixels a side from which on VGG looks
 
@@ -107,12 +107,12 @@ def scales_of(
         return {size: Scale(sr, batch.targets[size], area(batch.heatmap, size)) for size, sr in outputs.items()}
     return {size: Scale(area(outputs, size), area(batch.hr, size), area(batch.heatmap, size)) for size in (SCALES if multiscale else (128,))}
 
-# %% ../nbs/06_losses.ipynb #50c605e4
+# %% ../nbs/06_losses.ipynb #43c3cca0
 @dataclass
 class Loss:
     "What one step minimises, and what it is made of."
     total: Tensor             # scalar, weighted: this is what gets a gradient
-    terms: dict[str, Tensor]  # unweighted, by name, detached; only those computed in this step
+    terms: dict[str, Tensor]  # unweighted, by name, detached
 
 
 class Objective(nn.Module):
@@ -123,7 +123,7 @@ class Objective(nn.Module):
         pixel: float = 1.0,             # weight of the pixel error
         perceptual: float = 0.02,       # weight of the perceptual error; 0 leaves VGG out altogether
         perceptual_crop: int = 128,     # pixels a side of the random crop that VGG sees; 128: the whole image
-        perceptual_every: int = 1,      # VGG looks every so many steps, with a weight that many times as large
+        perceptual_share: float = 1.0,  # of the faces of a batch that VGG looks at, at least one
         attention: float = 0.0,         # weight of the attention error; 0 needs no heatmaps
         multiscale: bool = False,       # the same again at 64 and 32, on the averaged output
         ramp: float = 0.3,              # share of training, below 0.85, over which the perceptual weight rises from 0 and the attention weight from 60 %
@@ -131,7 +131,7 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.pixel, self.perceptual, self.attention = pixel, perceptual, attention
-        self.crop, self.every, self.ramp, self.seed = perceptual_crop, perceptual_every, ramp, seed
+        self.crop, self.share, self.ramp, self.seed = perceptual_crop, perceptual_share, ramp, seed
         self.multiscale = multiscale
         self.perceptual_loss = PerceptualLoss() if perceptual else None
 
@@ -161,10 +161,11 @@ class Objective(nn.Module):
             at = "" if size == 128 else f"_{size}"
             terms[f"mse{at}"] = pixel_loss(scale.sr, scale.hr)
             loss = self.pixel * terms[f"mse{at}"]
-            if self.perceptual_loss is not None and size >= PERCEPTUAL_SIZE and step % self.every == 0:
-                crops = random_crop(scale.sr, scale.hr, size=self.crop, key=f"{self.seed}/{step}")
+            if self.perceptual_loss is not None and size >= PERCEPTUAL_SIZE:
+                faces = max(1, round(self.share * len(scale.sr)))   # the first ones: a batch is in random order
+                crops = random_crop(scale.sr[:faces], scale.hr[:faces], size=self.crop, key=f"{self.seed}/{step}")
                 terms["perceptual"] = self.perceptual_loss(*crops)
-                loss = loss + self.every * self.perceptual_weight(progress) * terms["perceptual"]
+                loss = loss + self.perceptual_weight(progress) * terms["perceptual"]
             if self.attention:
                 terms[f"attention{at}"] = attention_loss(scale.sr, scale.hr, scale.heatmap)
                 loss = loss + self.attention_weight(progress) * terms[f"attention{at}"]

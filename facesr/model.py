@@ -7,7 +7,7 @@ __all__ = ['CONVS', 'HEAD_SIZES', 'activation', 'double_conv', 'DenseResidual', 
            'shuffle_up', 'SeparableMerge', 'channels_last', 'SuperResolutionUNet', 'parameter_count', 'gmac',
            'DeepSupervision', 'model_bytes', 'load_model']
 
-# %% ../nbs/04_model.ipynb #bf3dbabc
+# %% ../nbs/04_model.ipynb #60c72c7d
 import json
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .degradation import HR_SIZE
 
-# %% ../nbs/04_model.ipynb #7ab0a959
+# %% ../nbs/04_model.ipynb #524d2e2e
 def activation() -> nn.Module:
     return nn.LeakyReLU(0.2)
 
@@ -55,7 +55,7 @@ class DenseMerge(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.body(torch.cat([functional.interpolate(x, scale_factor=2, mode="bilinear"), skip], dim=1))
 
-# %% ../nbs/04_model.ipynb #6fd13592
+# %% ../nbs/04_model.ipynb #33e7679c
 class SeparableResidual(nn.Module):
     "x + scale * separable(act(separable(x))), with a learnt scale that starts at 0.2 and keeps deep stacks calm without normalisation."
 
@@ -89,7 +89,7 @@ class SeparableMerge(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.body(torch.cat([self.up(x), skip], dim=1))
 
-# %% ../nbs/04_model.ipynb #011dcbc2
+# %% ../nbs/04_model.ipynb #4594d1e2
 CONVS = {
     "separable": {"width": 128, "blocks": 3},  # 16 px: 128 channels; 8: 224; 4: 320; then 32: 64 and 64: 32
     "standard": {"width": 48, "blocks": 5},    # the study's: 48 to 384 channels, five blocks at 128 px
@@ -110,7 +110,7 @@ class SuperResolutionUNet(nn.Module):
         self,
         conv: str = "separable",   # a name in `CONVS`
         width: int | None = None,  # channels at 16x16, a multiple of 8; None: the default of `conv`
-        blocks: int | None = None, # residual blocks: a resolution (separable) or at 128x128 (standard); None: the default
+        blocks: int | None = None, # residual blocks: at 4, 8 and 32 pixels, twice as many at 16 (separable), or at 128 (standard); None: the default
     ):
         super().__init__()
         if conv not in CONVS:
@@ -132,18 +132,15 @@ class SuperResolutionUNet(nn.Module):
         self.skip_mode, self.upsampler_channels = "bilinear", (w, w, w)
 
     def _separable(self, w: int, n: int) -> None:
-        at8, at4, at32, at64 = 7 * w // 4, 5 * w // 2, w // 2, w // 4
+        at8, at4, at32, at64 = 7 * w // 4, 5 * w // 2, w // 2, w // 4   # channels
         self.encoder = nn.ModuleList([
-            nn.Sequential(nn.Conv2d(3, w, 3, 1, 1), *residuals(w, n)),
+            nn.Sequential(nn.Conv2d(3, w, 3, 1, 1), *residuals(w, 2 * n)),
             nn.Sequential(nn.Conv2d(w, at8, 2, 2), *residuals(at8, n)),
             nn.Sequential(nn.Conv2d(at8, at4, 2, 2)),
         ])
         self.bottleneck = nn.Sequential(*residuals(at4, n))
-        self.decoder = nn.ModuleList([SeparableMerge(at4, at8, n), SeparableMerge(at8, w, n)])
-        self.upsampler = nn.ModuleList([
-            nn.Sequential(shuffle_up(w, at32), *residuals(at32, 2)),
-            nn.Sequential(shuffle_up(at32, at64), *residuals(at64, 1)),
-        ])
+        self.decoder = nn.ModuleList([SeparableMerge(at4, at8, n), SeparableMerge(at8, w, 2 * n)])
+        self.upsampler = nn.ModuleList([nn.Sequential(shuffle_up(w, at32), *residuals(at32, n)), shuffle_up(at32, at64)])
         self.tail = shuffle_up(at64, 3, kernel=3)
         self.skip_mode, self.upsampler_channels = "bicubic", (at32, at64)
 
@@ -186,7 +183,7 @@ def gmac(model: nn.Module) -> float:
         model(torch.zeros(1, 3, 16, 16))
     return counter.get_total_flops() / 2 / 1e9
 
-# %% ../nbs/04_model.ipynb #50965089
+# %% ../nbs/04_model.ipynb #8b664c9d
 HEAD_SIZES = (64, 32)
 
 
@@ -207,7 +204,7 @@ class DeepSupervision(nn.Module):
         found = self.network.stages(lr)
         return {HR_SIZE: found[HR_SIZE]} | {size: self.heads[str(size)](found[size]) + self.network.global_skip(lr, size) for size in HEAD_SIZES}
 
-# %% ../nbs/04_model.ipynb #b95f8433
+# %% ../nbs/04_model.ipynb #9cdd4f24
 def model_bytes(model: SuperResolutionUNet) -> bytes:
     "The network as a safetensors file: weights, and its settings in the header."
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}

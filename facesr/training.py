@@ -6,7 +6,7 @@
 __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'learning_rate', 'predict', 'Progress', 'shown_epochs', 'Trainer', 'progress_figure',
            'made_of', 'differences', 'is_complete', 'train']
 
-# %% ../nbs/09_training.ipynb #5b063090
+# %% ../nbs/09_training.ipynb #9f5b977e
 import io
 import json
 import math
@@ -36,7 +36,7 @@ from .metrics import Evaluator, evaluate, summarise
 from .model import DeepSupervision, SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
 from .study import RUN_FILES, Config, provenance, resolve, run_folder, run_state, write_atomically, write_json
 
-# %% ../nbs/09_training.ipynb #24d36f0c
+# %% ../nbs/09_training.ipynb #773b639b
 def learning_rate(
     step: int,       # steps done so far
     total: int,      # steps of the whole training
@@ -46,7 +46,7 @@ def learning_rate(
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * (1 + math.cos(math.pi * step / total)) / 2
 
-# %% ../nbs/09_training.ipynb #fdddbdad
+# %% ../nbs/09_training.ipynb #46d13e46
 def predict(
     model: Callable[[Tensor], Tensor],  # [B, 3, 16, 16] -> [B, 3, 128, 128], in [-1, 1]
     pixels: Pixels,                     # the faces
@@ -61,7 +61,7 @@ def predict(
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().cpu().contiguous()
         yield pixels.names[rows], sr, hr, lr
 
-# %% ../nbs/09_training.ipynb #808ed182
+# %% ../nbs/09_training.ipynb #da262e6b
 @dataclass
 class Progress:
     step: int = 0
@@ -90,7 +90,12 @@ SHOWN_EPOCHS = 10  # epochs that are kept for that picture, evenly spread, the l
 def shown_epochs(epochs: int) -> set[int]:
     return {round(e) for e in np.linspace(1, epochs, min(epochs, SHOWN_EPOCHS))}
 
-# %% ../nbs/09_training.ipynb #a3d34544
+# %% ../nbs/09_training.ipynb #f6220e13
+def _has_bfloat16() -> bool:
+    "Whether an x86 processor multiplies bfloat16 by itself."
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
 class Trainer:
     "One run: a configuration, its faces, its network, and how far it has come."
 
@@ -112,6 +117,8 @@ class Trainer:
         except ValueError as error:   # accelerate keeps one precision a process
             raise ValueError(f"mixed_precision is {config.mixed_precision!r}, and this process has already trained with another; restart it, or the kernel") from error
         self.main = self.accelerator.is_main_process
+        if config.mixed_precision == "bf16" and self.accelerator.device.type == "cpu" and not _has_bfloat16():
+            self._say("this processor has no instructions for bfloat16 and will be slow at it; mixed_precision='no' is faster here (and another run)")
         self._read_faces(data)
         self._open_heatmaps(Path(out))
         self._build()
@@ -169,7 +176,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(trained, optimizer)
         self.objective = Objective(
-            config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_every,
+            config.pixel_weight, config.perceptual_weight, config.perceptual_crop, config.perceptual_share,
             config.attention_weight, config.supervision == "multiscale", config.ramp, config.seed,
         ).to(accelerator.device, memory_format=torch.channels_last)
         self.evaluator = Evaluator(lpips=("alex",), device=accelerator.device, groups=("primary",))
@@ -209,7 +216,8 @@ class Trainer:
         step = self.progress.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.total_steps, self.config)
-        loss = self.objective(self.model(batch.lr), batch, step, step / self.total_steps)
+        with self.accelerator.autocast():
+            loss = self.objective(self.model(batch.lr), batch, step, step / self.total_steps)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss.total)
         self.optimizer.step()

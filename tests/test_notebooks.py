@@ -101,7 +101,7 @@ def test_parameters_reach_the_notebook(facesr, tmp_path):
 
 @pytest.mark.parametrize("name, value, sentence", [
     ("variant", "depe", "variant is 'depe'; allowed are"),
-    ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, paper"),
+    ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, seeds, paper"),
     ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
     ("width", 30, "width is 30"),
 ])

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Preset', 'Seed', 'Data', 'Out', 'heatmaps', 'Store', 'NotebookError', 'execute', 'as_published',
            'write_report', 'run_notebook', 'run_all', 'study', 'train', 'make', 'show', 'import_', 'export', 'main']
 
-# %% ../nbs/12_cli.ipynb #7ec71a3a
+# %% ../nbs/12_cli.ipynb #a567802f
 import os
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ from .training import train as train_run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help="8x face super-resolution, studied.")
 
-# %% ../nbs/12_cli.ipynb #92fce38d
+# %% ../nbs/12_cli.ipynb #d6eb0ab8
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -73,7 +73,7 @@ def write_report(
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/12_cli.ipynb #5a09c06b
+# %% ../nbs/12_cli.ipynb #ad4be6f6
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
@@ -104,7 +104,7 @@ def run_notebook(
     if executed.is_file():   # `facesr train` makes a run without one
         write_atomically(folder / "train.ipynb", as_published(executed))
 
-# %% ../nbs/12_cli.ipynb #e7aed4d1
+# %% ../nbs/12_cli.ipynb #287aa858
 def run_all(
     runs: dict[str, tuple],   # by label: the arguments of `run_notebook`
     workers: int = 1,         # processes on this machine, when there is no scheduler
@@ -193,7 +193,7 @@ def train(
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
     print(train_run(resolve(variant, preset, seed=seed, **overrides), data, out))
 
-# %% ../nbs/12_cli.ipynb #3395c7bc
+# %% ../nbs/12_cli.ipynb #e880d0d6
 heatmaps = typer.Typer(no_args_is_help=True, help="Heatmaps: made by a detector, kept in an HDF5 store by file name.")
 app.add_typer(heatmaps, name="heatmaps")
 Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
@@ -260,7 +260,7 @@ def export(
     write_atomically(Path(f"{out}.names.txt"), "\n".join(names) + "\n")
     print(f"{out}: {len(names):,} heatmaps, their names in {out}.names.txt")
 
-# %% ../nbs/12_cli.ipynb #b545d0fe
+# %% ../nbs/12_cli.ipynb #50eb439e
 def main() -> None:
     "The command `facesr`. Exit codes: 0 done, 1 failed (the last line says why), 2 wrong usage, 130 interrupted."
     try:

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SLICES', 'paired_difference', 'over_seeds', 'compare', 'statement', 'slices']
 
-# %% ../nbs/10_statistics.ipynb #8cdf9aba
+# %% ../nbs/10_statistics.ipynb #f286c803
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, permutation_test
+from scipy.stats import false_discovery_control, permutation_test, t
 
 from .metrics import METRICS, bootstrap_means
 
-# %% ../nbs/10_statistics.ipynb #df316bd8
+# %% ../nbs/10_statistics.ipynb #fbb7c470
 def paired_difference(
     ours: pd.DataFrame,             # a row an image: name, metrics, and perhaps identity
     theirs: pd.DataFrame,           # the same images
@@ -37,22 +37,23 @@ def paired_difference(
         found["low"], found["high"] = (float(q) for q in np.quantile(means, [tail, 1 - tail]))
     return found | {"better": float(better.mean())}
 
-# %% ../nbs/10_statistics.ipynb #ce463fbe
+# %% ../nbs/10_statistics.ipynb #3c51b918
 def over_seeds(
     ours: Sequence[float],      # a mean a seed
     theirs: Sequence[float],    # of the same seeds, in the same order
     higher_is_better: bool = True,
-) -> dict[str, float]:          # difference, p (two-sided), smallest (p-value that so many seeds can reach), improvement (probability), seeds
-    "Sign-flip test and probability of improvement. Raises ValueError for fewer than two seeds or unequal numbers of them."
+) -> dict[str, float]:          # difference, seed_low, seed_high (95 %), p (two-sided), smallest (p-value that so many seeds can reach), improvement (probability), seeds
+    "Student's interval, sign-flip test and probability of improvement. Raises ValueError for fewer than two seeds or unequal numbers of them."
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if len(ours) != len(theirs) or len(ours) < 2:
         raise ValueError(f"there are {len(ours)} and {len(theirs)} seeds; the same two or more are needed of both")
     differences = ours - theirs
     test = permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf if len(ours) <= 12 else 9999, alternative="two-sided", rng=0)
+    half = t.ppf(0.975, len(ours) - 1) * differences.std(ddof=1) / len(ours) ** 0.5
     wins = np.sign(ours[:, None] - theirs[None, :]) * (1 if higher_is_better else -1)
-    return {"difference": float(differences.mean()), "p": float(min(1.0, test.pvalue)), "smallest": 2.0 ** (1 - len(ours)), "improvement": float((wins + 1).mean() / 2), "seeds": len(ours)}
+    return {"difference": float(differences.mean()), "seed_low": float(differences.mean() - half), "seed_high": float(differences.mean() + half), "p": float(min(1.0, test.pvalue)), "smallest": 2.0 ** (1 - len(ours)), "improvement": float((wins + 1).mean() / 2), "seeds": len(ours)}
 
-# %% ../nbs/10_statistics.ipynb #33227548
+# %% ../nbs/10_statistics.ipynb #071f1adf
 def compare(
     runs: dict[str, dict[int, pd.DataFrame]],  # variant -> seed -> per-image table
     pairs: Sequence[tuple[str, str]],          # variant, reference
@@ -102,7 +103,7 @@ def statement(row: pd.Series) -> str:
     reach = "" if row["smallest"] < 0.05 else f" ({int(row['seeds'])} seeds cannot show one: the smallest p they can reach is {row['smallest']:.2g})"
     return f"{verdict}; over seeds no difference is shown{reach}: {over}."
 
-# %% ../nbs/10_statistics.ipynb #9b18b743
+# %% ../nbs/10_statistics.ipynb #d1f6f09e
 SLICES = {"Eyeglasses": ("glasses", "no glasses"), "Wearing_Hat": ("hat", "no hat"), "Male": ("men", "women"), "Young": ("young", "not young")}   # as CelebA's annotators saw them
 
 

@@ -125,6 +125,7 @@ def bundled_detector(
     confidence: float = 0.25, # boxes below it are dropped
     iou: float = 0.5,         # of two boxes of one class that overlap more, only the more confident one stays
     device: str = "cpu",
+    size: int = 128,          # pixels a side at which the network works; it was trained at 128, on pictures that a face fills
 ) -> UltralyticsDetector:
     "Eyes, eyebrows, noses, mouths and faces, without any download."
     ultralytics = _ultralytics()
@@ -134,7 +135,7 @@ def bundled_detector(
     yolo.model.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in load_safetensors(content).items()})
     yolo.model.names = dict(enumerate(BUNDLED_CLASSES))
     yolo.model.eval()
-    return UltralyticsDetector(yolo, "bundled part detector", hashlib.sha256(content).hexdigest(), confidence, iou, 128, device)
+    return UltralyticsDetector(yolo, "bundled part detector", hashlib.sha256(content).hexdigest(), confidence, iou, size, device)
 
 # %% ../nbs/02_detection.ipynb #c55a8f4c
 WORLD_WEIGHTS = "yolov8s-worldv2.pt"

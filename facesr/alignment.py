@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELEBA_FRAME', 'PLACES', 'LOOKS', 'CANDIDATES', 'ROOM', 'CROOKED', 'part_centres', 'similarity', 'warp', 'FaceFinder']
 
-# %% ../nbs/11_alignment.ipynb #264b62c5
+# %% ../nbs/11_alignment.ipynb #e4bad85b
 import numpy as np
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torchvision.ops import nms
 from .degradation import HR_SIZE
 from .detection import Detections, bundled_detector
 
-# %% ../nbs/11_alignment.ipynb #c3497eb5
+# %% ../nbs/11_alignment.ipynb #432221c7
 CELEBA_FRAME = (178, 218)                                                                   # pixels: width and height of an aligned CelebA image
 PLACES = {"left eye": (70.0, 112.9), "right eye": (107.9, 112.9), "mouth": (88.9, 156.5)}   # x, y there, from the corner of the corner pixel; left as one looks at it
 
@@ -29,7 +29,7 @@ def part_centres(
     left, right = sorted(centres["eye"][:2], key=lambda z: z.real)
     return {"left eye": left, "right eye": right, "mouth": centres["mouth"][0], "nose": centres["nose"][0]}
 
-# %% ../nbs/11_alignment.ipynb #be4c3573
+# %% ../nbs/11_alignment.ipynb #5116e01a
 def similarity(
     source: np.ndarray,       # [N] complex points x + iy, not all the same
     target: np.ndarray,       # [N] where they should go
@@ -40,7 +40,7 @@ def similarity(
     a = np.vdot(ds, dt) / np.vdot(ds, ds).real
     return complex(a), complex(target.mean() - a * source.mean())
 
-# %% ../nbs/11_alignment.ipynb #733ed2b7
+# %% ../nbs/11_alignment.ipynb #8bd958d0
 def warp(
     image: Image.Image,    # RGB
     a: complex,            # z -> a z + b takes points of the image ...
@@ -59,7 +59,7 @@ def warp(
     inverse, shift = 1 / a, -b / a + complex(across[0], down[0])
     return image.transform(size, Image.Transform.AFFINE, (inverse.real, -inverse.imag, shift.real, inverse.imag, inverse.real, shift.imag), Image.Resampling.BICUBIC)
 
-# %% ../nbs/11_alignment.ipynb #fb6928de
+# %% ../nbs/11_alignment.ipynb #35ab65ee
 LOOKS = (128, 256, 512, 1024)   # longest side of the photograph, in pixels, when looking for faces
 CANDIDATES = 8                  # so many are looked at again
 ROOM = 1.7                      # first crop around a face's box, in its longer side
@@ -123,7 +123,7 @@ class FaceFinder:
         "The largest face, aligned. Raises ValueError where there is none."
         found = self.transforms(image)
         if not found:
-            raise ValueError("no face with both eyes, nose and mouth in sight is found in it; crop the face yourself and say prepare='face-crop'")
+            raise ValueError("shows no face with both eyes, nose and mouth in sight; crop the face yourself and say prepare='face-crop'")
         return warp(image, *found[0])
 
 

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'MAX_BYTES', 'fi
            'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'upright_rgb', 'read_image', 'Pixels',
            'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #949d664b
+# %% ../nbs/01_faces.ipynb #c918f485
 import hashlib
 import os
 import random
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #1c38e347
+# %% ../nbs/01_faces.ipynb #784a2f1d
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #d288783a
+# %% ../nbs/01_faces.ipynb #421e1a25
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #e144bca5
+# %% ../nbs/01_faces.ipynb #da393dc5
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -192,7 +192,7 @@ def listed_names(
     table = read_partition(partition)
     return sorted(table["name"][table["split"] == split])
 
-# %% ../nbs/01_faces.ipynb #718727f5
+# %% ../nbs/01_faces.ipynb #377ea821
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS   # of a file
 
@@ -232,7 +232,8 @@ def read_image(
                 raise ValueError(f"it is an animation of {image.n_frames} pictures; save the one that is meant")
             return upright_rgb(image)
     except Exception as error:      # decoders raise whatever they like on damaged input
-        reason = "no image that can be decoded (JPEG, PNG, WebP or BMP)" if "cannot identify" in str(error) else str(error)
+        unknown = isinstance(error, (UnidentifiedImageError, ImportError))   # Ultralytics makes PIL look for a HEIF decoder
+        reason = "no image that can be decoded (JPEG, PNG, WebP or BMP)" if unknown else str(error)
         raise ValueError(reason) from error
 
 
@@ -280,7 +281,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #4ddc8876
+# %% ../nbs/01_faces.ipynb #9e76b6fe
 @dataclass
 class Batch:
     "Faces that go through the network together."

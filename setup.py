@@ -9,6 +9,8 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
+extras = {extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("cluster", "onnx", "identity")}
+extras["dev"] = shlex.split(settings["dev_requirements"]) + sum(extras.values(), [])
 
 setup(
     name=settings["lib_name"],
@@ -23,7 +25,7 @@ setup(
     packages=find_packages(include=["facesr", "facesr.*"]),
     package_data={"facesr": ["assets/**/*"]},
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("dev", "cluster")},
+    extras_require=extras,
     entry_points={"console_scripts": shlex.split(settings["console_scripts"])},
     zip_safe=False,
 )

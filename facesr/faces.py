@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'MAX_BYTES', 'find_data', 'read_partition', 'read_identities',
-           'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'upright_rgb', 'read_image', 'Pixels',
-           'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
+           'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'upright_rgb', 'read_image', 'image_files',
+           'Pixels', 'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #c918f485
+# %% ../nbs/01_faces.ipynb #7c039bbe
 import hashlib
 import os
 import random
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #784a2f1d
+# %% ../nbs/01_faces.ipynb #c068cbd6
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #421e1a25
+# %% ../nbs/01_faces.ipynb #0d2bfa67
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #da393dc5
+# %% ../nbs/01_faces.ipynb #a1c7a7a3
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -192,7 +192,7 @@ def listed_names(
     table = read_partition(partition)
     return sorted(table["name"][table["split"] == split])
 
-# %% ../nbs/01_faces.ipynb #377ea821
+# %% ../nbs/01_faces.ipynb #cc12bcc8
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS   # of a file
 
@@ -235,6 +235,23 @@ def read_image(
         unknown = isinstance(error, (UnidentifiedImageError, ImportError))   # Ultralytics makes PIL look for a HEIF decoder
         reason = "no image that can be decoded (JPEG, PNG, WebP or BMP)" if unknown else str(error)
         raise ValueError(reason) from error
+
+
+def image_files(
+    folder: Path,
+    leave_out: Path | None = None,  # a folder that is not looked into
+) -> tuple[list[Path], int]:        # sorted, and how many other files there are
+    "All images of a folder, at any depth, by their suffix; hidden ones are other files, hidden folders are not looked into."
+    found, others = [], 0
+    for place, folders, names in os.walk(folder):
+        place = Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and not (leave_out and (place / name).resolve() == leave_out.resolve())]
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and (place / name).is_file():
+                found.append(place / name)
+            else:
+                others += 1
+    return sorted(found), others
 
 
 @dataclass(frozen=True)
@@ -281,7 +298,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #9e76b6fe
+# %% ../nbs/01_faces.ipynb #d7091bf3
 @dataclass
 class Batch:
     "Faces that go through the network together."

@@ -6,8 +6,7 @@
 __all__ = ['PREPARATIONS', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'EXISTING', 'SHEET_FACES', 'face_crop', 'pretrained', 'Upscaler',
            'Outcome', 'planned_outputs', 'upscale_files', 'side_by_side', 'export_onnx']
 
-# %% ../nbs/12_upscale.ipynb #61df2dc1
-import os
+# %% ../nbs/12_upscale.ipynb #c203ee64
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +23,11 @@ from tqdm import tqdm
 
 from .alignment import FaceFinder
 from .degradation import HR_SIZE, LR_SIZE, degrade, hr_face, interpolate, to_float, to_uint8
-from .faces import IMAGE_SUFFIXES, read_image, upright_rgb
+from .faces import IMAGE_SUFFIXES, image_files, read_image, upright_rgb
 from .model import SuperResolutionUNet, load_model
 from .study import write_atomically
 
-# %% ../nbs/12_upscale.ipynb #2e0fc5cc
+# %% ../nbs/12_upscale.ipynb #4525d0f1
 PREPARATIONS = ("face-crop", "detect")
 
 
@@ -40,7 +39,7 @@ def face_crop(
         raise ValueError(f"is {image.width}x{image.height}; a face crop needs at least {LR_SIZE} pixels a side")
     return degrade(hr_face(image))
 
-# %% ../nbs/12_upscale.ipynb #044ec7af
+# %% ../nbs/12_upscale.ipynb #07c38605
 WEIGHTS = Path(str(files("facesr"))) / "assets" / "weights"
 DEFAULT_WEIGHTS = "baseline"
 
@@ -200,7 +199,7 @@ class Upscaler:
                 raise ValueError(f"image {i} {error}") from error
         return to_float(torch.cat(small)) if small else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
 
-# %% ../nbs/12_upscale.ipynb #3e98c438
+# %% ../nbs/12_upscale.ipynb #00ef7cc3
 EXISTING = ("stop", "skip", "overwrite")
 SHEET_FACES = 100    # on a sheet
 
@@ -226,19 +225,12 @@ def planned_outputs(
         raise FileNotFoundError(f"{source} is not there; it has to be an image or a folder of images")
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is the folder of the inputs; choose another for the outputs")
-    found, others = [], 0
-    for folder, folders, names in os.walk(source):
-        folder = Path(folder)
-        folders[:] = [name for name in folders if not name.startswith(".") and (folder / name).resolve() != out.resolve()]
-        for name in names:
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and (folder / name).is_file()
-            found += [folder / name] if is_image else []
-            others += not is_image
+    found, others = image_files(source, leave_out=out)
     if not found:
         raise FileNotFoundError(f"there is no image in {source}; looked for {', '.join(IMAGE_SUFFIXES)}")
     shared = Counter(path.with_suffix("") for path in found)
     names = {path: f"{path.name if shared[path.with_suffix('')] > 1 else path.stem}.png" for path in found}
-    return {path: out / path.relative_to(source).with_name(names[path]) for path in sorted(found)}, others
+    return {path: out / path.relative_to(source).with_name(names[path]) for path in found}, others
 
 
 def upscale_files(
@@ -312,7 +304,7 @@ def side_by_side(
             sheet.paste(image, (x + k * HR_SIZE, y))
     return sheet
 
-# %% ../nbs/12_upscale.ipynb #6ea269bb
+# %% ../nbs/12_upscale.ipynb #3090f707
 class _UnitRange(nn.Module):
     "The network on [0, 1] instead of [-1, 1]."
 

@@ -7,7 +7,7 @@ __all__ = ['WANG_BETAS', 'NORMALISED_BETAS', 'PARTS', 'USUAL_FACE', 'DLIB_MODELS
            'consistency', 'box_psnr', 'FaceIdentity', 'Metric', 'Evaluator', 'evaluate', 'evaluate_files',
            'bootstrap_means', 'summarise']
 
-# %% ../nbs/07_metrics.ipynb #90c082d9
+# %% ../nbs/07_metrics.ipynb #698e8069
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from .detection import bundled_detector
 from .faces import image_files, read_image
 from .perceptual import LPIPS
 
-# %% ../nbs/07_metrics.ipynb #2a2d65f8
+# %% ../nbs/07_metrics.ipynb #bc347ea1
 def psnr(
     sr: Tensor,  # [B, C, H, W] in [0, data_range]
     hr: Tensor,  # same shape and range as sr
@@ -47,7 +47,7 @@ def _check_same_shape(sr: Tensor, hr: Tensor) -> None:
     if sr.shape != hr.shape or sr.ndim != 4:
         raise ValueError(f"sr is {tuple(sr.shape)} and hr is {tuple(hr.shape)}; they have to be [B, C, H, W] of the same shape")
 
-# %% ../nbs/07_metrics.ipynb #5c27fd92
+# %% ../nbs/07_metrics.ipynb #c98a4fd3
 _WINDOW = {"gaussian_kernel": True, "sigma": 1.5, "kernel_size": 11, "k1": 0.01, "k2": 0.03}
 
 
@@ -67,7 +67,7 @@ def ssim(
         full = full[..., 5:-5, 5:-5]
     return full.mean(dim=(1, 2, 3))
 
-# %% ../nbs/07_metrics.ipynb #10767cc4
+# %% ../nbs/07_metrics.ipynb #bdda74d6
 WANG_BETAS = (0.0448, 0.2856, 0.3001, 0.2363)                    # the first four of Wang et al. 2003
 NORMALISED_BETAS = tuple(b / sum(WANG_BETAS) for b in WANG_BETAS)  # the same, adding up to 1
 
@@ -83,7 +83,7 @@ def ms_ssim(
     return multiscale_structural_similarity_index_measure(
         sr.float(), hr.float(), data_range=float(data_range), reduction="none", betas=betas, normalize="relu", **_WINDOW)
 
-# %% ../nbs/07_metrics.ipynb #9db8d833
+# %% ../nbs/07_metrics.ipynb #2e9f3549
 def luma(
     rgb: Tensor,  # [B, 3, H, W] in [0, 255]
 ) -> Tensor:      # [B, 1, H, W] in [16, 235], not rounded
@@ -91,7 +91,7 @@ def luma(
     weights = torch.tensor([65.481, 128.553, 24.966], device=rgb.device).view(1, 3, 1, 1)
     return (rgb.float() * weights).sum(dim=1, keepdim=True) / 255 + 16
 
-# %% ../nbs/07_metrics.ipynb #29e2963f
+# %% ../nbs/07_metrics.ipynb #c732fad7
 def consistency(
     sr: Tensor,                         # [B, 3, 128, 128], uint8
     lr: Tensor,                         # [B, 3, 16, 16], uint8: the input sr was made from
@@ -102,7 +102,7 @@ def consistency(
     again = np.stack([np.asarray(degrade(Image.fromarray(image), kernel)) for image in arrays])
     return psnr(torch.from_numpy(again).permute(0, 3, 1, 2), lr.cpu())
 
-# %% ../nbs/07_metrics.ipynb #e403f4da
+# %% ../nbs/07_metrics.ipynb #0bf6bfe7
 PARTS = {"eye": 2, "nose": 1, "mouth": 1}   # measured parts, and how many of each a face has: the most confident boxes count
 
 
@@ -121,7 +121,7 @@ def box_psnr(
     mse = (error * inside).sum((1, 2)) / inside.sum((1, 2))
     return 10 * torch.log10(255**2 / mse)
 
-# %% ../nbs/07_metrics.ipynb #bc508825
+# %% ../nbs/07_metrics.ipynb #4dde0cfa
 USUAL_FACE = (32, 52, 94, 114)   # left, top, right, bottom in an HR face: the median of what dlib's detector finds in CelebA
 DLIB_MODELS = {                  # in the package face-recognition-models 0.3.0, by SHA-256
     "shape_predictor_68_face_landmarks.dat": "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
@@ -147,11 +147,20 @@ class FaceIdentity:
         self.dlib, self.detector = dlib, dlib.get_frontal_face_detector()
         self.points, self.descriptor = dlib.shape_predictor(points), dlib.face_recognition_model_v1(descriptor)
 
+    def place(
+        self,
+        image: np.ndarray,             # [128, 128, 3] uint8
+    ) -> "dlib.rectangle":
+        "Where the face is: the largest that dlib sees, else the usual place."
+        places = self.detector(np.ascontiguousarray(image), 1)
+        return max(places, key=lambda p: p.area()) if places else self.dlib.rectangle(*USUAL_FACE)
+
     def describe(
         self,
         image: np.ndarray,             # [128, 128, 3] uint8
         place: "dlib.rectangle",       # where the face is
     ) -> tuple[np.ndarray, np.ndarray]:   # descriptor [128] and points [68, 2] in pixels
+        image = np.ascontiguousarray(image)
         shape = self.points(image, place)
         return np.array(self.descriptor.compute_face_descriptor(image, shape)), np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
 
@@ -161,16 +170,15 @@ class FaceIdentity:
         hr: Tensor,             # [B, 3, 128, 128] uint8
     ) -> dict[str, Tensor]:     # identity_cosine [B] in [-1, 1], landmark_error [B] in per cent of the distance between the outer corners of the eyes
         found = []
-        for output, target in zip(*(np.ascontiguousarray(x.cpu().permute(0, 2, 3, 1).numpy()) for x in (sr, hr))):
-            places = self.detector(target, 1)
-            place = max(places, key=lambda p: p.area()) if places else self.dlib.rectangle(*USUAL_FACE)
+        for output, target in zip(*(x.cpu().permute(0, 2, 3, 1).numpy() for x in (sr, hr))):
+            place = self.place(target)
             (a, points), (b, true) = self.describe(output, place), self.describe(target, place)
             eyes = np.linalg.norm(true[36] - true[45])
             found.append((a @ b / np.linalg.norm(a) / np.linalg.norm(b), 100 * np.linalg.norm(points - true, axis=1).mean() / eyes))
         cosine, error = torch.tensor(found, dtype=torch.float32).reshape(-1, 2).unbind(1)
         return {"identity_cosine": cosine, "landmark_error": error}
 
-# %% ../nbs/07_metrics.ipynb #3ba5e214
+# %% ../nbs/07_metrics.ipynb #6cb232c3
 @dataclass(frozen=True)
 class Metric:
     "A column of the per-image table."
@@ -212,7 +220,7 @@ METRICS = {metric.name: metric for metric in (
            "RGB, clamped and rounded to 8 bit; mean distance of dlib's 68 points in output and target, in per cent of the distance between the outer corners of the target's eyes"),
 )}
 
-# %% ../nbs/07_metrics.ipynb #ca06976d
+# %% ../nbs/07_metrics.ipynb #7d482776
 class Evaluator:
     "Measures super-resolved faces by the definitions in `METRICS`, one value an image."
 
@@ -297,7 +305,7 @@ def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor) -> None:
     if max(-low, high) > _FAR_OUTSIDE:
         raise ValueError(f"sr goes from {low:.4g} to {high:.4g}; it has to be nominally in [-1, 1] (see facesr.degradation.to_float)")
 
-# %% ../nbs/07_metrics.ipynb #83384034
+# %% ../nbs/07_metrics.ipynb #8712da1c
 def evaluate(
     batches: Iterable[tuple[Sequence[str], Tensor, Tensor, Tensor]],   # (names, sr, hr, lr) as `Evaluator` takes them
     evaluator: Evaluator,                                              # what to measure
@@ -319,7 +327,7 @@ def evaluate(
         raise ValueError("batches is empty; there is nothing to evaluate")
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/07_metrics.ipynb #75bb939e
+# %% ../nbs/07_metrics.ipynb #99e3ea80
 def evaluate_files(
     outputs: str | Path,           # a folder of 128x128 images
     targets: str | Path,           # a folder with a target for each
@@ -372,7 +380,7 @@ def _read_face(path: Path, crop: bool) -> Image.Image:
         raise ValueError(f"{path} is {image.width}x{image.height}; it has to be {HR_SIZE}x{HR_SIZE}, or, of a target, prepared as 'face-crop'")
     return hr_face(image) if crop else image
 
-# %% ../nbs/07_metrics.ipynb #86b9c7e9
+# %% ../nbs/07_metrics.ipynb #64953ea5
 def bootstrap_means(
     values: np.ndarray,          # [N, M]: a row an image, a column a metric; inf is allowed, NaN is not
     groups: Sequence | None = None,   # [N] labels: rows with equal labels are drawn together; None: every row by itself

@@ -1,0 +1,64 @@
+"The weights in the package: what was chosen, what their card says, and that half precision is enough."
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from facesr.degradation import to_float, to_uint8
+from facesr.faces import find_faces, read_pixels
+from facesr.metrics import METRICS, psnr
+from facesr.model import load_model
+from facesr.study import VARIANTS, find_runs
+from facesr.upscale import DEFAULT_WEIGHTS, WEIGHTS, pretrained
+
+SUMMARY = json.loads((ROOT / "results" / "weights" / "summary.json").read_text())
+
+
+def test_validation_chose_them():
+    runs = {run.variant: run.metrics["validation"] for run in find_runs(ROOT / "results", "celeba-cpu") if run.seed == 0 and run.variant in VARIANTS}
+    best = [max(runs, key=lambda v: runs[v]["val_psnr"]), min(runs, key=lambda v: runs[v]["val_lpips_alex"])]
+    assert SUMMARY["chosen"] == list(dict.fromkeys(best)) and sorted(SUMMARY["chosen"]) == pretrained() and DEFAULT_WEIGHTS == best[0]
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_half_precision_is_the_run_rounded(name):
+    small, large = load_model(WEIGHTS / f"{name}.safetensors"), load_model(ROOT / "results" / "celeba-cpu" / name / "seed0" / "model.safetensors")
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= 8_000_000
+    for a, b in zip(small.parameters(), large.parameters()):
+        assert torch.equal(a, b.half().float())
+    faces = find_faces(ROOT / "facesr" / "assets" / "faces")
+    pixels = read_pixels(faces.images, faces.names("test", 48)).levels
+    with torch.inference_mode():
+        values = [psnr(to_uint8(network(to_float(pixels[16]))), pixels[128]).mean() for network in (small, large)]
+    assert abs(values[0] - values[1]) < 0.01
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_every_number_of_the_card_is_measured(name):
+    card = (WEIGHTS / "README.md").read_text()
+    table = pd.read_csv(ROOT / "results" / "weights" / f"{name}_celeba.csv")
+    assert len(table) == 2500 and table["identity"].nunique() == 500
+    for metric in ("psnr", "ssim", "lpips_alex", "psnr_eye"):
+        mean = table[metric].mean()
+        assert mean == pytest.approx(SUMMARY["celeba"][name][metric]["mean"], abs=1e-4)
+    for scores, metrics in ((SUMMARY["celeba"][name], ("psnr", "ssim", "ms_ssim", "lpips_alex", "psnr_eye", "psnr_nose", "psnr_mouth", "consistency")),
+                            (SUMMARY["identity"][name], ("identity_cosine", "landmark_error")), (SUMMARY["portraits"][name], ("psnr", "ssim", "lpips_alex", "psnr_eye", "identity_cosine", "landmark_error"))):
+        row = " | ".join("{} ({} – {})".format(*(f"{scores[m][key]:.{METRICS[m].decimals}f}" for key in ("mean", "low", "high"))) for m in metrics)
+        assert f"| {name} | {row} |" in card
+    for label, count, value in zip(SUMMARY["attributes"]["slice"], SUMMARY["attributes"]["faces"], SUMMARY["attributes"][f"PSNR, {name}"]):
+        assert re.search(rf"\| {re.escape(label)} \| {count:,} \|.* {value:.2f} ", card)
+    assert "not evidence of who someone is" in card
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_the_table_can_be_measured_again(name, celeba):
+    "The first 40 test faces, now."
+    faces = find_faces(celeba)
+    table = pd.read_csv(ROOT / "results" / "weights" / f"{name}_celeba.csv").head(40)
+    pixels = read_pixels(faces.images, table["name"].tolist()).levels
+    with torch.inference_mode():
+        again = psnr(to_uint8(load_model(WEIGHTS / f"{name}.safetensors")(to_float(pixels[16]))), pixels[128])
+    assert again.tolist() == pytest.approx(table["psnr"].tolist(), abs=0.01)

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['CELEBA_FRAME', 'PLACES', 'LOOKS', 'CANDIDATES', 'ROOM', 'CROOKED', 'part_centres', 'similarity', 'warp', 'FaceFinder']
 
-# %% ../nbs/11_alignment.ipynb #e4bad85b
+# %% ../nbs/11_alignment.ipynb #8ee75905
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.ops import nms
 
 from .degradation import HR_SIZE
 from .detection import Detections, bundled_detector
 
-# %% ../nbs/11_alignment.ipynb #432221c7
+# %% ../nbs/11_alignment.ipynb #23a9b740
 CELEBA_FRAME = (178, 218)                                                                   # pixels: width and height of an aligned CelebA image
 PLACES = {"left eye": (70.0, 112.9), "right eye": (107.9, 112.9), "mouth": (88.9, 156.5)}   # x, y there, from the corner of the corner pixel; left as one looks at it
 
@@ -29,7 +28,7 @@ def part_centres(
     left, right = sorted(centres["eye"][:2], key=lambda z: z.real)
     return {"left eye": left, "right eye": right, "mouth": centres["mouth"][0], "nose": centres["nose"][0]}
 
-# %% ../nbs/11_alignment.ipynb #5116e01a
+# %% ../nbs/11_alignment.ipynb #80d99762
 def similarity(
     source: np.ndarray,       # [N] complex points x + iy, not all the same
     target: np.ndarray,       # [N] where they should go
@@ -40,7 +39,7 @@ def similarity(
     a = np.vdot(ds, dt) / np.vdot(ds, ds).real
     return complex(a), complex(target.mean() - a * source.mean())
 
-# %% ../nbs/11_alignment.ipynb #8bd958d0
+# %% ../nbs/11_alignment.ipynb #a926e5c2
 def warp(
     image: Image.Image,    # RGB
     a: complex,            # z -> a z + b takes points of the image ...
@@ -59,7 +58,7 @@ def warp(
     inverse, shift = 1 / a, -b / a + complex(across[0], down[0])
     return image.transform(size, Image.Transform.AFFINE, (inverse.real, -inverse.imag, shift.real, inverse.imag, inverse.real, shift.imag), Image.Resampling.BICUBIC)
 
-# %% ../nbs/11_alignment.ipynb #35ab65ee
+# %% ../nbs/11_alignment.ipynb #d09c6220
 LOOKS = (128, 256, 512, 1024)   # longest side of the photograph, in pixels, when looking for faces
 CANDIDATES = 8                  # so many are looked at again
 ROOM = 1.7                      # first crop around a face's box, in its longer side
@@ -82,8 +81,8 @@ class FaceFinder:
     def candidates(
         self,
         image: Image.Image,   # RGB
-    ) -> np.ndarray:          # [K, 4] boxes in pixels, the most confident first, K at most CANDIDATES
-        "What may be faces."
+    ) -> np.ndarray:          # [K, 4] boxes in pixels, the most confident first
+        "What may be faces; one face may be among them once for every look."
         boxes, confidence = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)]
         for side, look in self.looks.items():
             if side > LOOKS[0] and side >= 2 * max(image.size):
@@ -94,15 +93,14 @@ class FaceFinder:
             is_face = [name == "face" for name in found.classes]
             boxes.append(found.boxes[is_face] / scale)
             confidence.append(found.confidence[is_face])
-        boxes, confidence = np.concatenate(boxes), np.concatenate(confidence)
-        return boxes[nms(torch.from_numpy(boxes), torch.from_numpy(confidence), 0.4).numpy()[:CANDIDATES]]
+        return np.concatenate(boxes)[np.concatenate(confidence).argsort(kind="stable")[::-1]]
 
     def transforms(
         self,
         image: Image.Image,              # RGB
     ) -> list[tuple[complex, complex]]:  # a, b of z -> a z + b from the photograph to CelebA's frame, the largest face first
         "Where the faces are. Empty where there is none."
-        fits = [_first_guess(box) for box in self.candidates(image)]
+        fits = _distinct([_first_guess(box) for box in self.candidates(image)])[:CANDIDATES]
         for _ in range(2):                                  # the second time at faces that stand upright, as in CelebA
             if not fits:
                 break
@@ -110,11 +108,7 @@ class FaceFinder:
             crops = [_tensor(warp(image, a * scale, (b - _ABOVE) * scale, (HR_SIZE, HR_SIZE))) for a, b in fits]
             parts = [part_centres(found) for found in self.parts(torch.cat(crops))]
             fits = [better for fit, centres in zip(fits, parts) if centres and (better := _refined(fit, {part: z / scale + _ABOVE for part, z in centres.items()}))]
-        kept = []
-        for fit in fits:
-            if not any(_same_place(fit, other) for other in kept):
-                kept.append(fit)
-        return sorted(kept, key=lambda fit: abs(fit[0]))
+        return sorted(_distinct(fits), key=lambda fit: abs(fit[0]))
 
     def __call__(
         self,
@@ -149,7 +143,10 @@ def _refined(
     return a * fit[0], a * fit[1] + b
 
 
-def _same_place(fit: tuple[complex, complex], other: tuple[complex, complex]) -> bool:
-    "Whether two similarities bring the same face to the frame: their frames' centres are less than half a frame apart."
-    centre = complex(*CELEBA_FRAME) / 2
-    return abs((centre - fit[1]) / fit[0] - (centre - other[1]) / other[0]) < CELEBA_FRAME[0] / 2 / abs(other[0])
+def _distinct(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
+    "Those that bring another face to the frame than all before: its centre is more than half a frame away, or it is half or double the size."
+    centre, kept = complex(*CELEBA_FRAME) / 2, []
+    for a, b in fits:
+        if not any(abs((centre - b) / a - (centre - d) / c) < CELEBA_FRAME[0] / 2 / abs(c) and 0.5 < abs(a / c) < 2 for c, d in kept):
+            kept.append((a, b))
+    return kept

@@ -6,7 +6,7 @@
 __all__ = ['PREPARATIONS', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'EXISTING', 'SHEET_FACES', 'face_crop', 'pretrained', 'Upscaler',
            'Outcome', 'planned_outputs', 'upscale_files', 'side_by_side', 'export_onnx']
 
-# %% ../nbs/12_upscale.ipynb #b23215da
+# %% ../nbs/12_upscale.ipynb #25427a1d
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .faces import IMAGE_SUFFIXES, image_files, read_image, upright_rgb
 from .model import SuperResolutionUNet, load_model
 from .study import write_atomically
 
-# %% ../nbs/12_upscale.ipynb #a3158f7e
+# %% ../nbs/12_upscale.ipynb #ff7e1abd
 PREPARATIONS = ("face-crop", "detect")
 
 
@@ -39,7 +39,7 @@ def face_crop(
         raise ValueError(f"is {image.width}x{image.height}; a face crop needs at least {LR_SIZE} pixels a side")
     return degrade(hr_face(image))
 
-# %% ../nbs/12_upscale.ipynb #9bcb0e6c
+# %% ../nbs/12_upscale.ipynb #83f471df
 WEIGHTS = Path(str(files("facesr"))) / "assets" / "weights"
 DEFAULT_WEIGHTS = "baseline"
 
@@ -199,7 +199,7 @@ class Upscaler:
                 raise ValueError(f"image {i} {error}") from error
         return to_float(torch.cat(small)) if small else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
 
-# %% ../nbs/12_upscale.ipynb #aa45e0c4
+# %% ../nbs/12_upscale.ipynb #88d3cbd2
 EXISTING = ("stop", "skip", "overwrite")
 SHEET_FACES = 100    # on a sheet
 
@@ -304,7 +304,7 @@ def side_by_side(
             sheet.paste(image, (x + k * HR_SIZE, y))
     return sheet
 
-# %% ../nbs/12_upscale.ipynb #f308e317
+# %% ../nbs/12_upscale.ipynb #4fba3949
 class _UnitRange(nn.Module):
     "The network on [0, 1] instead of [-1, 1]."
 

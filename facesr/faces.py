@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'MAX_BYTES', 'fi
            'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'upright_rgb', 'read_image', 'image_files',
            'Pixels', 'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
 
-# %% ../nbs/01_faces.ipynb #fab859d4
+# %% ../nbs/01_faces.ipynb #12008bb4
 import hashlib
 import os
 import random
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .degradation import PYRAMID_SIZES, hr_face, pyramid, to_float
 
-# %% ../nbs/01_faces.ipynb #ea679050
+# %% ../nbs/01_faces.ipynb #fa18511b
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BUNDLED = Path(str(files("facesr"))) / "assets" / "faces"
@@ -48,7 +48,7 @@ def find_data(
         raise FileNotFoundError(f"data folder {folder} ({reason}) does not exist; name a CelebA folder or a folder of face images, or none for the bundled faces")
     return folder, reason
 
-# %% ../nbs/01_faces.ipynb #8b2b69a4
+# %% ../nbs/01_faces.ipynb #a39d0af8
 def _find(root: Path, names: Sequence[str]) -> Path | None:
     "The first of `names` that exists at `root` or up to two folders below."
     for name in names:
@@ -103,7 +103,7 @@ def read_attributes(
         raise ValueError(f"{path.name} holds values other than -1 and 1, or an image twice; it has to be CelebA's attribute table")
     return table.rename_axis("name") == 1
 
-# %% ../nbs/01_faces.ipynb #a63730a2
+# %% ../nbs/01_faces.ipynb #e0e0f4ce
 @dataclass(frozen=True)
 class FaceSet:
     "The faces of one source."
@@ -192,7 +192,7 @@ def listed_names(
     table = read_partition(partition)
     return sorted(table["name"][table["split"] == split])
 
-# %% ../nbs/01_faces.ipynb #20659543
+# %% ../nbs/01_faces.ipynb #7e769afc
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS   # of a file
 
@@ -232,7 +232,7 @@ def read_image(
                 raise ValueError(f"it is an animation of {image.n_frames} pictures; save the one that is meant")
             return upright_rgb(image)
     except Exception as error:      # decoders raise whatever they like on damaged input
-        reason = str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, (UnidentifiedImageError, ImportError)):   # the latter since Ultralytics makes PIL look for a HEIF decoder
             reason = "no image that can be decoded (JPEG, PNG, WebP or BMP)"
         if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
@@ -301,7 +301,7 @@ def read_pixels(
         raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/01_faces.ipynb #11e25833
+# %% ../nbs/01_faces.ipynb #ff40643e
 @dataclass
 class Batch:
     "Faces that go through the network together."

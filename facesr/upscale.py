@@ -6,7 +6,7 @@
 __all__ = ['PREPARATIONS', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'EXISTING', 'SHEET_FACES', 'face_crop', 'pretrained', 'Upscaler',
            'Outcome', 'planned_outputs', 'upscale_files', 'side_by_side', 'export_onnx']
 
-# %% ../nbs/12_upscale.ipynb #25427a1d
+# %% ../nbs/12_upscale.ipynb #2522509f
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .faces import IMAGE_SUFFIXES, image_files, read_image, upright_rgb
 from .model import SuperResolutionUNet, load_model
 from .study import write_atomically
 
-# %% ../nbs/12_upscale.ipynb #ff7e1abd
+# %% ../nbs/12_upscale.ipynb #cc4b392e
 PREPARATIONS = ("face-crop", "detect")
 
 
@@ -39,7 +39,7 @@ def face_crop(
         raise ValueError(f"is {image.width}x{image.height}; a face crop needs at least {LR_SIZE} pixels a side")
     return degrade(hr_face(image))
 
-# %% ../nbs/12_upscale.ipynb #83f471df
+# %% ../nbs/12_upscale.ipynb #83b0f08a
 WEIGHTS = Path(str(files("facesr"))) / "assets" / "weights"
 DEFAULT_WEIGHTS = "baseline"
 
@@ -199,7 +199,7 @@ class Upscaler:
                 raise ValueError(f"image {i} {error}") from error
         return to_float(torch.cat(small)) if small else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
 
-# %% ../nbs/12_upscale.ipynb #88d3cbd2
+# %% ../nbs/12_upscale.ipynb #c5e480c6
 EXISTING = ("stop", "skip", "overwrite")
 SHEET_FACES = 100    # on a sheet
 
@@ -247,8 +247,10 @@ def upscale_files(
         raise ValueError(f"existing is {existing!r}; allowed are {', '.join(EXISTING)}")
     if prepare not in (None, *PREPARATIONS):
         upscaler.small(Image.new("RGB", (1, 1)), prepare)                 # says what is allowed
+    if sheet and Path(sheet).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"sheet is {sheet}; it has to end in one of {', '.join(IMAGE_SUFFIXES)}")
     outputs, others = planned_outputs(source, out)
-    if clash := {path.resolve() for path in outputs.values()} & {path.resolve() for path in outputs}:
+    if clash := {path.resolve() for path in [*outputs.values(), *([Path(sheet)] if sheet else [])]} & {path.resolve() for path in outputs}:
         raise ValueError(f"{min(clash)} is one of the inputs and would be overwritten; choose another place for the outputs")
     outcome = Outcome(others=others)
     there = [path for path in outputs.values() if path.exists()]
@@ -304,7 +306,7 @@ def side_by_side(
             sheet.paste(image, (x + k * HR_SIZE, y))
     return sheet
 
-# %% ../nbs/12_upscale.ipynb #4fba3949
+# %% ../nbs/12_upscale.ipynb #2c8ee46f
 class _UnitRange(nn.Module):
     "The network on [0, 1] instead of [-1, 1]."
 

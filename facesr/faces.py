@@ -11,9 +11,11 @@ __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'MAX_BYTES', 'fi
 import hashlib
 import os
 import random
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from io import BytesIO
@@ -82,7 +84,7 @@ def read_identities(
     path: Path,  # identity_CelebA.txt: `000001.jpg 2880` a line
 ) -> pd.Series:  # person number by image name
     "Who is on each image."
-    table = pd.read_csv(path, sep=r"[\s,]+", engine="python", names=["name", "identity"], dtype=str)
+    table = pd.read_csv(path, sep=r"[\s,]+", engine="python", names=["name", "identity"], dtype=str, encoding_errors="replace")
     if (twice := table["name"][table["name"].duplicated()]).any():
         raise ValueError(f"{path.name} names {twice.iloc[0]} more than once; every image shows one person")
     identity = pd.to_numeric(table["identity"], errors="coerce")
@@ -197,41 +199,12 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 4 * MAX_PIXELS   # of a file
 
 
-def upright_rgb(
-    image: Image.Image,  # of any mode
-) -> Image.Image:        # RGB
-    "As a viewer shows it: turned as its EXIF data say, 16-bit grey brought to 8 bit, transparent parts on white. Raises ValueError for floating-point pixels."
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.size and not 0 <= values.min() <= values.max() <= 65535:
-            raise ValueError(f"holds integers from {values.min()} to {values.max()}; they have to be in 0 to 65535")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("holds floating-point pixels, whose range is not known; save it with 8 or 16 bit")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_image(
-    source: Path | bytes,  # a file (JPEG, PNG, WebP, BMP), or its content
-) -> Image.Image:          # RGB, upright
-    "Decode one image fully, as `upright_rgb` describes. Raises ValueError with the reason when it cannot be."
+@contextmanager
+def _reasons() -> Iterator[None]:
+    "Whatever a decoder raises on damaged input becomes a ValueError with the reason."
     try:
-        if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_BYTES:
-            raise ValueError(f"its {Path(source).stat().st_size:,} bytes are more than {MAX_BYTES:,}")
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP"))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:   # a phone's MPO is one photograph with extras
-                raise ValueError(f"it is an animation of {image.n_frames} pictures; save the one that is meant")
-            return upright_rgb(image)
-    except Exception as error:      # decoders raise whatever they like on damaged input
+        yield
+    except Exception as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, (UnidentifiedImageError, ImportError)):   # the latter since Ultralytics makes PIL look for a HEIF decoder
             reason = "no image that can be decoded (JPEG, PNG, WebP or BMP)"
@@ -240,21 +213,68 @@ def read_image(
         raise ValueError(reason) from error
 
 
+@_reasons()
+def upright_rgb(
+    image: Image.Image,  # of any mode
+) -> Image.Image:        # RGB
+    "Decoded and as a viewer shows it: turned as its EXIF data say, 16-bit grey brought to 8 bit, transparent parts on white. Raises ValueError with the reason when it cannot be."
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:    # a phone's MPO is one photograph with extras
+        raise ValueError(f"it is an animation of {image.n_frames} pictures; save the one that is meant")
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")   # older versions of PIL open 16-bit PNG as "I"
+    image = ImageOps.exif_transpose(image)
+    if sixteen_bit:
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"holds {'floating-point pixels' if image.mode == 'F' else '32-bit integers'}, whose range is not known; save it with 8 or 16 bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+@_reasons()
+def read_image(
+    source: Path | bytes,  # a file (JPEG, PNG, WebP, BMP), or its content
+) -> Image.Image:          # RGB, upright
+    "The image of a file, as `upright_rgb` gives it. Raises ValueError with the reason when it cannot be read."
+    if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_BYTES:
+        raise ValueError(f"its {Path(source).stat().st_size:,} bytes are more than {MAX_BYTES:,}")
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return upright_rgb(Image.open(BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP")))
+
+
 def image_files(
     folder: Path,
     leave_out: Path | None = None,  # a folder that is not looked into
 ) -> tuple[list[Path], int]:        # sorted, and how many other files there are
-    "All images of a folder, at any depth, by their suffix; hidden ones are other files, hidden folders are not looked into."
+    "All images of a folder, at any depth, by their suffix; hidden ones are other files, hidden and linked folders are not looked into. Raises OSError for a folder that cannot be read."
+    def stop(error: OSError):
+        raise OSError(f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out") from error
+
     found, others = [], 0
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=stop):
         place = Path(place)
         folders[:] = [name for name in folders if not name.startswith(".") and not (leave_out and (place / name).resolve() == leave_out.resolve())]
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and (place / name).is_file():
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not _is_device(place / name):
                 found.append(place / name)
             else:
                 others += 1
     return sorted(found), others
+
+
+def _is_device(path: Path) -> bool:
+    "A pipe, socket or device. What cannot be looked at is none: opening it will say why."
+    try:
+        return not path.is_dir() and not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,8 @@ def load_model(
             weights = {name: file.get_tensor(name) for name in file.keys()}
         model = SuperResolutionUNet(**settings)
         model.load_state_dict(weights)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("some weights are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a network of this study ({type(error).__name__}: {str(error)[:120]}); it has to be a safetensors file written by a training run") from error
     return channels_last(model).eval()

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -256,9 +257,10 @@ def write_atomically(
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror or error}; make room or choose another folder, and start again") from error
+    finally:
+        with suppress(OSError):   # it is gone when all went well
+            part.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,6 +1,7 @@
 "The command `facesr upscale` on files as they come, on disks as they are, and from a wheel."
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,21 @@ def test_killed_and_started_again(facesr, tmp_path):
     result = facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop", "--existing", "skip")
     assert result.returncode == 0 and f"{1500 - len(done):,} written, {len(done):,} there already" in result.stdout
     assert len(list((tmp_path / "out").glob("*.png"))) == 1500
+
+
+def test_interrupted_by_hand(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(1500):
+        (photos / f"{i}.jpg").symlink_to(FACE)
+    process = subprocess.Popen([FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/*.png")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "interrupted; what is finished stays" in said.splitlines()[-1] and "Traceback" not in said
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png"}
 
 
 def test_from_a_wheel_outside_the_repository(tmp_path):

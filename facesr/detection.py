@@ -145,7 +145,7 @@ _CLIP = "pip install git+https://github.com/ultralytics/CLIP.git"
 
 def checkpoint_detector(
     weights: str | Path,                    # a .pt file of Ultralytics, for detection
-    prompts: Sequence[str] | None = None,   # what to look for: for YOLO-World only, other networks have classes of their own
+    prompts: Sequence[str] | None = None,   # what to look for: YOLO-World takes any words, of other networks they have to be classes
     confidence: float | None = None,        # boxes below it are dropped; None: 0.25, for YOLO-World the study's 0.001
     iou: float | None = None,               # of two boxes of one class that overlap more, only the more confident one stays; None: 0.5, for YOLO-World the study's 0.1
     size: int = 640,                        # pixels a side at which the network works
@@ -168,8 +168,8 @@ def checkpoint_detector(
             raise ValueError(f"{weights} finds what it is told in words; prompts has to name at least one class")
         if list(prompts) != list(getattr(yolo.model.names, "values", lambda: yolo.model.names)()):
             _encode(yolo, prompts)
-    elif prompts:
-        raise ValueError(f"{weights} has classes of its own ({', '.join(yolo.names.values())}); prompts are for YOLO-World")
+    elif unknown := [word for word in prompts or () if word not in yolo.names.values()]:
+        raise ValueError(f"{weights} does not know {', '.join(unknown)}; it finds {', '.join(yolo.names.values())} (only YOLO-World looks for any word)")
     confidence = confidence if confidence is not None else 0.001 if world else 0.25
     iou = iou if iou is not None else 0.1 if world else 0.5
     return UltralyticsDetector(yolo, weights.name, hashlib.sha256(weights.read_bytes()).hexdigest(), confidence, iou, size, device)
@@ -210,7 +210,7 @@ def world_detector(
 # %% ../nbs/02_detection.ipynb #c8ebfccd
 def find_detector(
     detector: str | Path,             # "bundled", "world", or a .pt file of Ultralytics
-    prompts: Sequence[str] = (),      # what YOLO-World is to look for
+    prompts: Sequence[str] = (),      # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
     device: str = "cpu",
 ) -> UltralyticsDetector:
     "The detector that is meant, with the thresholds that go with it."

@@ -1,8 +1,10 @@
 "The heatmap store: killed and continued, damaged, mixed up, handed to workers, fetched and written in the published layout."
 import functools
 import http.server
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,3 +294,25 @@ def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error:") and "has no heatmap for 12 of 32 faces" in done.stderr and f"facesr heatmaps make --out {tmp_path / 'mine.h5'}" in done.stderr
     assert not (tmp_path / "smoke" / "heatmap" / "seed0" / "metrics.json").exists()
+
+
+def test_ones_own_detector_from_the_command_line(facesr, tmp_path):
+    "The README's four commands, with a checkpoint whose classes are more than the table names."
+    from facesr.detection import bundled_detector
+
+    bundled_detector().yolo.save(tmp_path / "mine.pt")
+    (tmp_path / "parts.csv").write_text("class,weight,fade\neye,4.5,centre\nface,4,rim\n")
+    (tmp_path / "images").mkdir()
+    for name in NAMES:
+        shutil.copy(FACES.images / name, tmp_path / "images")
+    store = tmp_path / "mine.h5"
+    made = facesr("heatmaps", "make", "--data", tmp_path / "images", "--detector", tmp_path / "mine.pt", "--parts", tmp_path / "parts.csv", "--out", store)
+    assert made.returncode == 0 and "40 heatmaps" in made.stdout, made.stderr
+    shown = facesr("heatmaps", "show", store, "--figure", tmp_path / "coverage.png")
+    assert shown.returncode == 0 and (tmp_path / "coverage.png").stat().st_size > 10_000
+    trained = facesr("train", "heatmap", "--preset", "smoke", "--data", tmp_path / "images", "--set", f"heatmaps={store}", "--set", "epochs=1", "--out", tmp_path / "results")
+    assert trained.returncode == 0, trained.stderr
+    recorded = json.loads((tmp_path / "results" / "smoke" / "heatmap" / "seed0" / "config.json").read_text())["heatmaps"]
+    assert set(recorded["recipe"]["parts"]) == {"eye", "face"}
+    refused = facesr("heatmaps", "make", "--data", tmp_path / "images", "--detector", tmp_path / "mine.pt", "--out", tmp_path / "other.h5")
+    assert refused.returncode == 1 and "mine.pt does not know" in refused.stderr.splitlines()[-1] and not (tmp_path / "other.h5").exists()

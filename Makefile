@@ -1,7 +1,7 @@
 # make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
 #                       CONTROLS=1 the controls too, SEEDS=3 repeats, WORKERS=2 at a time or SCHEDULER=tcp://...
 # make test             what CI runs: notebooks in step, nbdev_test, pytest
-# make lab              JupyterLab
+# make lab              JupyterLab, on the notebook to start from
 # make prepare          after editing notebooks: clean, export, README
 PRESET ?= quick
 SEED   ?= 0
@@ -50,4 +50,4 @@ test: .venv/ready
 	$(bin)/pytest -q tests
 
 lab: .venv/ready
-	$(bin)/jupyter lab nbs
+	$(bin)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/upscale.ipynb

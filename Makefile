@@ -1,6 +1,6 @@
 # make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
 #                       CONTROLS=1 the controls too, SEEDS=3 repeats, WORKERS=2 at a time or SCHEDULER=tcp://...
-# make test             what CI runs: notebooks in step, nbdev_test, pytest
+# make test             what CI runs: notebooks in step, nbdev_test, pytest (two tests at a time, a thread each)
 # make lab              JupyterLab, on the notebook to start from
 # make prepare          after editing notebooks: clean, export, README
 PRESET ?= quick
@@ -47,7 +47,7 @@ test: .venv/ready
 	@cmp -s .venv/before.diff .venv/after.diff || { git status --short --untracked-files=no; \
 	  echo 'notebooks, exported modules and README are out of step; "make prepare" has just mended that: look at git diff and commit' >&2; exit 1; }
 	$(bin)/nbdev_test --n_workers 1 --do_print
-	$(bin)/pytest -q tests
+	OMP_NUM_THREADS=1 $(bin)/pytest -q -n 2 --dist loadgroup tests
 
 lab: .venv/ready
 	$(bin)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/upscale.ipynb

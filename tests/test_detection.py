@@ -60,8 +60,8 @@ def test_threads_are_left_alone():
     "Ultralytics leaves one thread when it is imported before torch, and when it predicts on a CPU."
     with_detector = "from facesr.detection import bundled_detector; import torch; bundled_detector()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)); print(torch.get_num_threads())"
     without = "import torch; print(torch.get_num_threads())"
-    threads = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout for code in (with_detector, without)]
-    assert threads[0] == threads[1] != ""
+    threads = [subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120).stdout for code in (with_detector, without)]
+    assert threads == ["2\n", "2\n"]
 
 
 def test_the_bundled_weights_are_plain_tensors_and_small():

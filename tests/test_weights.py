@@ -18,7 +18,7 @@ SUMMARY = json.loads((ROOT / "results" / "weights" / "summary.json").read_text()
 
 def test_validation_chose_them():
     runs = {run.variant: run.metrics["validation"] for run in find_runs(ROOT / "results", "celeba-cpu") if run.seed == 0 and run.variant in VARIANTS}
-    best = [max(runs, key=lambda v: runs[v]["val_psnr"]), min(runs, key=lambda v: runs[v]["val_lpips_alex"])]
+    best = [max(runs, key=lambda v: round(runs[v]["val_psnr"], 2)), min(runs, key=lambda v: round(runs[v]["val_lpips_alex"], 3))]   # the simplest of those that tie
     assert SUMMARY["chosen"] == list(dict.fromkeys(best)) and sorted(SUMMARY["chosen"]) == pretrained() and DEFAULT_WEIGHTS == best[0]
 
 

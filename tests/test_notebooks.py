@@ -24,7 +24,6 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-@pytest.mark.xdist_group("results")
 def test_the_study_ends_with_a_report(facesr, results):
     result = facesr("study", "--preset", "smoke", "--out", results)
     assert result.returncode == 0, result.stderr
@@ -44,14 +43,12 @@ def test_the_study_ends_with_a_report(facesr, results):
     assert report.count("data:image/png") >= 7 and "Traceback" not in report and str(ROOT) not in report
 
 
-@pytest.mark.xdist_group("results")
 def test_the_study_run_again_trains_nothing(facesr, results):
     result = facesr("study", "--preset", "smoke", "--out", results)
     assert result.returncode == 0, result.stderr
     assert "is complete" in result.stdout and "epoch" not in result.stdout
 
 
-@pytest.mark.xdist_group("results")
 def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, results, tmp_path):
     shutil.copytree(results, tmp_path / "results")
     shutil.rmtree(tmp_path / "results" / "smoke" / "baseline")
@@ -62,7 +59,6 @@ def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, results, tmp
     assert not (tmp_path / "results" / "smoke" / "baseline" / "seed0" / "train.ipynb").exists()
 
 
-@pytest.mark.xdist_group("results")
 def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
     "Runs of other seeds are made of copies with known shifts, so that what the report has to say is known."
     for variant, source, shift in (("baseline", "baseline", 0.0), ("heatmap", "heatmap", 1.0), ("deep", "heatmap", -1.0), ("uniform", "baseline", 0.0)):
@@ -89,7 +85,6 @@ def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
     assert "One seed each" not in said
 
 
-@pytest.mark.xdist_group("results")
 def test_the_report_on_one_variant(facesr, results, tmp_path):
     shutil.copytree(results / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=shutil.ignore_patterns("checkpoint"))
     result = subprocess.run([sys.executable, "-m", "papermill", "nbs/report.ipynb", str(tmp_path / "report.ipynb"), "--cwd", "nbs", "--no-progress-bar", "-p", "preset", "smoke", "-p", "out", str(tmp_path)],

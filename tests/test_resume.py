@@ -30,7 +30,6 @@ def whole(tmp_path_factory):
     return out / "smoke" / "heatmap" / "seed0"
 
 
-@pytest.mark.xdist_group("whole")
 def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
     run = tmp_path / "smoke" / "heatmap" / "seed0"
     checkpoint = run / "checkpoint" / "state.pt"
@@ -52,7 +51,6 @@ def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.xdist_group("whole")
 def test_a_complete_run_is_left_alone(facesr, whole):
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     result = facesr(*SMOKE, "--out", whole.parents[2])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control, permutation_test, t
+from scipy.stats import false_discovery_control, norm, permutation_test, t
 
 from .metrics import METRICS, bootstrap_means
 
@@ -33,8 +33,8 @@ def paired_difference(
     better = difference > 0 if METRICS[metric].higher_is_better else difference < 0
     if found["people"] > 1 and np.isfinite(difference).all():
         means = bootstrap_means(difference.to_numpy()[:, None], who, draws, seed)[:, 0]
-        tail = 0.025 / comparisons
-        found["low"], found["high"] = (float(q) for q in np.quantile(means, [tail, 1 - tail]))
+        half = norm.ppf(1 - 0.025 / comparisons) * means.std(ddof=1)
+        found["low"], found["high"] = found["difference"] - half, found["difference"] + half
     return found | {"better": float(better.mean())}
 
 # %% ../nbs/10_statistics.ipynb #3c51b918
@@ -58,6 +58,7 @@ def compare(
     runs: dict[str, dict[int, pd.DataFrame]],  # variant -> seed -> per-image table
     pairs: Sequence[tuple[str, str]],          # variant, reference
     metrics: Sequence[str] = ("psnr", "lpips_alex"),
+    in_order: bool = False,                    # the pairs are a fixed sequence of questions; else all count alike (Benjamini-Hochberg)
 ) -> pd.DataFrame:                             # a row a pair and metric
     "Differences from the reference: on the faces, averaged over the seeds that both have, and over seeds where there are at least two."
     rows = []
@@ -75,9 +76,9 @@ def compare(
             rows.append(row)
     table = pd.DataFrame(rows)
     if "p" in table:
-        table["p corrected"] = np.nan
         for _, rows in table[table["p"].notna()].groupby("metric"):
-            table.loc[rows.index, "p corrected"] = false_discovery_control(rows["p"], method="bh")
+            table.loc[rows.index, "p corrected"] = np.maximum.accumulate(rows["p"]) if in_order else false_discovery_control(rows["p"], method="bh")
+            table.loc[rows.index, "family"] = 1 if in_order else len(rows)   # a single pair's p is multiplied by so much
     return table
 
 
@@ -100,7 +101,8 @@ def statement(row: pd.Series) -> str:
     over = f"over {int(row['seeds'])} seeds p = {row['p corrected']:.3f} after correction, probability of improvement {row['improvement']:.0%}"
     if row["p corrected"] < 0.05:
         return f"{verdict}, and **over seeds**: {over}."
-    reach = "" if row["smallest"] < 0.05 else f" ({int(row['seeds'])} seeds cannot show one: the smallest p they can reach is {row['smallest']:.2g})"
+    alone = row["smallest"] * row["family"]
+    reach = "" if alone < 0.05 else f" ({int(row['seeds'])} seeds cannot show one{f' for a single pair of {int(row.family)}' if row['family'] > 1 else ''}: the smallest p they can reach is {alone:.2g})"
     return f"{verdict}; over seeds no difference is shown{reach}: {over}."
 
 # %% ../nbs/10_statistics.ipynb #d1f6f09e

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'VARIANTS', 'CONTROLS', 'PUBLISHED', 'PRESETS', 'GRIDS', 'RUN_FILES', 'grid', 'Config', 'resolve',
-           'given_parameters', 'run_folder', 'run_state', 'CompleteRun', 'find_runs', 'write_atomically', 'write_json',
-           'provenance']
+           'given_parameters', 'run_folder', 'run_state', 'CompleteRun', 'find_runs', 'trained_with',
+           'write_atomically', 'write_json', 'provenance']
 
 # %% ../nbs/08_study.ipynb #3a2ea222
 import difflib
@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -222,6 +222,8 @@ class CompleteRun:
     config: dict[str, Any]   # every parameter
     faces: dict[str, Any]    # origin, counts and fingerprints
     metrics: dict[str, Any]  # metrics.json
+    torch: str               # version of PyTorch
+    threads: int             # of the CPU
 
     @property
     def label(self) -> str:
@@ -236,11 +238,19 @@ def find_runs(
     runs = []
     for path in Path(out, preset).glob("*/seed*/metrics.json"):
         metrics, recorded = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
-        runs.append(CompleteRun(path.parent, metrics["variant"], metrics["seed"], recorded["config"], recorded["faces"], metrics))
+        runs.append(CompleteRun(path.parent, metrics["variant"], metrics["seed"], recorded["config"], recorded["faces"], metrics, recorded["versions"]["torch"], recorded["threads"]))
     if not runs:
         raise FileNotFoundError(f"there is no complete run in {Path(out, preset)}; make study PRESET={preset} makes them")
     order = [*VARIANTS, *CONTROLS]
     return sorted(runs, key=lambda run: (order.index(run.variant) if run.variant in order else len(order), run.seed))
+
+
+def trained_with(runs: Sequence[CompleteRun]) -> dict[str, list[str]]:   # e.g. {"PyTorch 2.14.1, 1 thread": ["baseline", "deep"]}
+    "Runs by what they were trained with: another PyTorch or number of threads rounds sums in another order."
+    found = {}
+    for run in runs:
+        found.setdefault(f"PyTorch {run.torch}, {run.threads} thread{'s' * (run.threads > 1)}", []).append(run.label)
+    return found
 
 
 def write_atomically(

@@ -104,7 +104,6 @@ def statement(row: pd.Series) -> str:
         test += ", which does not count among these pairs"
     return f"{what} over {int(row['seeds'])} seeds (interval {number(row['seed_low'])} to {number(row['seed_high'])}): {verdict} ({test}; in {row['improvement']:.0%} of pairs of runs better). Of the mean of these networks, {f'**{word}**' if shown_on_faces else 'no difference'} on these faces ({on_faces})."
 
-
 # %% ../nbs/10_statistics.ipynb #d1f6f09e
 SLICES = {"Eyeglasses": ("glasses", "no glasses"), "Wearing_Hat": ("hat", "no hat"), "Male": ("men", "women"), "Young": ("young", "not young")}   # as CelebA's annotators saw them
 

@@ -105,7 +105,8 @@ def test_interrupted_by_hand(tmp_path):
     photos.mkdir()
     for i in range(1500):
         (photos / f"{i}.jpg").symlink_to(FACE)
-    process = subprocess.Popen([FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # whoever starts the tests in the background may have it ignored, and children inherit that
     while not list(tmp_path.glob("out/*.png")):
         assert process.poll() is None
         time.sleep(0.02)

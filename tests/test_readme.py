@@ -4,8 +4,11 @@ import re
 import shutil
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
+
+from facesr.study import find_runs
 
 
 def said(results):
@@ -31,17 +34,40 @@ def test_the_readme_says_what_the_results_say():
     assert not differ(ROOT / "results")
 
 
-@pytest.mark.parametrize("path", ["celeba-cpu/baseline/seed0/metrics.json", "celeba-cpu/interpolation/bicubic.json"])
-def test_a_changed_result_makes_the_readme_differ(tmp_path, path):
+def change_score(path):
+    found = json.loads(path.read_text())
+    found["test"]["psnr"]["mean"] += 0.01
+    path.write_text(json.dumps(found))
+
+
+def change_difference(path):
+    found = pd.read_csv(path)
+    found["difference"] += 0.01
+    found.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("path, change", [("celeba-cpu/baseline/seed0/metrics.json", change_score), ("celeba-cpu/interpolation/bicubic.json", change_score),
+                                          ("celeba-cpu/comparisons.csv", change_difference), ("seeds/comparisons.csv", change_difference)])
+def test_a_changed_result_makes_the_readme_differ(tmp_path, path, change):
     for file in [*(ROOT / "results").glob("*/**/*.json"), *(ROOT / "results").glob("*/comparisons.csv")]:
         copy = tmp_path / file.relative_to(ROOT / "results")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
     assert not differ(tmp_path)
-    changed = json.loads((tmp_path / path).read_text())
-    changed["test"]["psnr"]["mean"] += 0.01
-    (tmp_path / path).write_text(json.dumps(changed))
+    change(tmp_path / path)
     assert differ(tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["celeba-cpu", "seeds", "quick"])
+def test_the_comparisons_are_those_of_the_runs(preset):
+    "A run that was made again and a report that was not would differ here."
+    means = {(run.variant, run.seed): pd.read_csv(run.folder / "per_image.csv").mean(numeric_only=True) for run in find_runs(ROOT / "results", preset)}
+    comparisons = pd.read_csv(ROOT / "results" / preset / "comparisons.csv")
+    assert len(comparisons)
+    for _, row in comparisons.iterrows():
+        seeds = [seed for variant, seed in means if variant == row.variant]
+        difference = sum(means[row.variant, seed][row.metric] - means[row.reference, seed][row.metric] for seed in seeds) / len(seeds)
+        assert difference == pytest.approx(row.difference, abs=1e-5), (row.variant, row.reference, row.metric)
 
 
 def test_numbers_of_quality_stand_nowhere_else_in_the_readme():

@@ -1,5 +1,6 @@
 # make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
-#                       CONTROLS=1 the controls too, SEEDS=3 repeats, WORKERS=2 at a time or SCHEDULER=tcp://...
+#                       PRESET=celeba-cpu other faces and network, OUT=folder other results, CONTROLS=1 the controls too,
+#                       SEEDS=3 repeats, from SEED on, WORKERS=2 at a time or SCHEDULER=tcp://...
 # make test             what CI runs: notebooks in step, nbdev_test, pytest (two tests at a time, a thread each)
 # make lab              JupyterLab, on the notebook to start from
 # make prepare          after editing notebooks: clean, export, README

@@ -130,12 +130,12 @@ def run_all(
         import dask
         from dask.distributed import Client, LocalCluster, as_completed
     except ImportError as error:
-        raise ValueError("--workers and --scheduler need Dask; install it with: pip install 'facesr[cluster]'") from error
+        raise ValueError("--workers and --scheduler need Dask; install it with: pip install '.[cluster]' in a clone of the repository") from error
     share = str(max(1, (os.cpu_count() or 1) // workers))
     with dask.config.set({"distributed.nanny.pre-spawn-environ": {name: share for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}, "distributed.comm.timeouts.connect": "10s"}):
         cluster = scheduler or LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
         with Client(cluster) as client:
-            labels = {client.submit(run_notebook, *arguments, key=f"facesr-{label}", pure=False): label for label, arguments in runs.items()}
+            labels = {client.submit(run_notebook, *arguments, pure=False): label for label, arguments in runs.items()}
             for future in as_completed(labels):
                 if future.status == "error":
                     failed[labels[future]] = str(future.exception())
@@ -210,10 +210,13 @@ Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
 @heatmaps.command()
 def make(
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="The store; made, or added to. Default: where training looks for it, results/heatmaps/.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The store; made, or added to. Default: where training looks for it, results/heatmaps/ (OUT/heatmaps/ of other results).")] = None,
     split: Annotated[list[str], typer.Option(help=f"Of which faces: {', '.join(SPLITS)}; may be repeated. Default: all.")] = list(SPLITS),
     detector: Annotated[str, typer.Option(help="bundled, world (YOLO-World, fetched once), or a .pt file of Ultralytics.")] = "bundled",
     parts: Annotated[Path | None, typer.Option(help="Your own table of classes: CSV with class,weight,fade; for YOLO-World the classes are the prompts.")] = None,
+    confidence: Annotated[float | None, typer.Option(min=0, max=1, help="Boxes that the detector is less sure of are dropped. Default: 0.25, world 0.001.")] = None,
+    iou: Annotated[float | None, typer.Option(min=0, max=1, help="Of two boxes of one class that overlap more, the surer one stays. Default: 0.5, world 0.1.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Pixels a side at which the detector works. Default: 640, bundled 128.")] = None,
     use_confidence: Annotated[bool, typer.Option("--use-confidence", help="Let a box weigh as much as the detector is sure of it.")] = False,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded instead of stopping.")] = False,
 ):
@@ -222,7 +225,8 @@ def make(
     print(f"faces: {faces}")
     names = sorted(name for part in split for name in faces.names(part))
     table = read_parts(parts) if parts else PARTS if detector == "bundled" else PAPER_PARTS
-    network = find_detector(detector, list(table))
+    chosen = {name: value for name, value in {"confidence": confidence, "iou": iou, "size": size}.items() if value is not None}
+    network = find_detector(detector, list(table), **chosen)
     store = make_heatmaps(out or store_path("results", faces), faces.images, names, network, Recipe(table, use_confidence), skip_unreadable=skip_unreadable)
     _show(store)
 

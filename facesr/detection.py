@@ -153,6 +153,8 @@ def checkpoint_detector(
 ) -> UltralyticsDetector:
     "A detector from a file. Raises FileNotFoundError or ValueError with what is missing or wrong."
     weights = Path(weights).expanduser()
+    if weights.suffix != ".pt":             # Ultralytics opens other files in other ways, and not all of them safely
+        raise ValueError(f"{weights} is not a .pt file; name one of Ultralytics, 'world' or 'bundled'")
     if not weights.is_file():
         raise FileNotFoundError(f"there are no detector weights at {weights}; name a .pt file of Ultralytics, 'world' or 'bundled'")
     ultralytics = _ultralytics()
@@ -189,6 +191,7 @@ def _encode(yolo: "YOLO", prompts: Sequence[str]) -> None:
 def world_detector(
     prompts: Sequence[str],            # what to look for, in words
     device: str = "cpu",
+    **settings: float,                 # confidence, iou, size of `checkpoint_detector`
 ) -> UltralyticsDetector:
     "YOLO-World as the study uses it (arXiv 2605.14166), its weights fetched once. Raises FileNotFoundError with what to download where."
     place = cache_folder() / WORLD_WEIGHTS
@@ -203,7 +206,7 @@ def world_detector(
         except Exception as error:     # whatever the network does
             place.with_suffix(".part").unlink(missing_ok=True)
             raise FileNotFoundError(f"{WORLD_WEIGHTS} is not on this machine and cannot be fetched ({error}); download {_WORLD_URL} to {place}, or name a local .pt file as detector") from error
-    return checkpoint_detector(place, prompts, device=device)
+    return checkpoint_detector(place, prompts, device=device, **settings)
 
 
 
@@ -212,10 +215,11 @@ def find_detector(
     detector: str | Path,             # "bundled", "world", or a .pt file of Ultralytics
     prompts: Sequence[str] = (),      # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
     device: str = "cpu",
+    **settings: float,                # confidence, iou, size of the detector; left out: what goes with it
 ) -> UltralyticsDetector:
-    "The detector that is meant, with the thresholds that go with it."
+    "The detector that is meant."
     if str(detector) == "bundled":
-        return bundled_detector(device=device)
+        return bundled_detector(device=device, **settings)
     if str(detector) == "world":
-        return world_detector(prompts, device)
-    return checkpoint_detector(detector, prompts, device=device)
+        return world_detector(prompts, device, **settings)
+    return checkpoint_detector(detector, prompts, device=device, **settings)

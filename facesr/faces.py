@@ -317,8 +317,6 @@ def read_pixels(
     if skipped and not skip_unreadable:
         shown = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"{len(skipped)} of {len(names)} images cannot be read ({shown}); replace them, or set skip_unreadable to go on without them")
-    if not kept:
-        raise ValueError(f"none of the {len(names)} images asked for can be read")
     return Pixels(kept, {size: a[: len(kept)] for size, a in arrays.items()}, digest.hexdigest(), skipped)
 
 # %% ../nbs/01_faces.ipynb #ff40643e

@@ -409,6 +409,8 @@ def make_heatmaps(
                 continue
             pixels = read_pixels(images, group, skip_unreadable=skip_unreadable)
             skipped |= pixels.skipped
+            if not pixels.names:
+                continue
             with _new_file(shard, settings) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
                 for first in range(0, len(pixels.names), batch_size):
                     faces = pixels.levels[HR_SIZE][first : first + batch_size]
@@ -420,8 +422,12 @@ def make_heatmaps(
             rate = done / (time.monotonic() - started)
             left = sum(len(g) for s, g in groups.items() if not s.exists())
             report(f"heatmaps: {done:,} faces, {rate:.0f} faces/s, {left / rate:.0f} s left")
-        _gather(path, ([path] if store else []) + list(groups), settings)
-        shutil.rmtree(shards)
+        made = [shard for shard in groups if shard.exists()]
+        if not made and not store:
+            raise ValueError(f"none of the {len(names):,} images in {images} can be read")
+        if made:
+            _gather(path, ([path] if store else []) + made, settings)
+            shutil.rmtree(shards)
         if skipped:
             report(f"left out {len(skipped):,} unreadable images: {', '.join(list(skipped)[:5])}{', ...' if len(skipped) > 5 else ''}")
     return HeatmapStore(path)

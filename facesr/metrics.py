@@ -136,7 +136,7 @@ class FaceIdentity:
         "Raises ValueError where the extra 'identity' is not installed, or a model is not the one that is meant."
         package = find_spec("face_recognition_models")
         if package is None or find_spec("dlib") is None:
-            raise ValueError("identity and landmarks need dlib and its models; install them with: pip install 'facesr[identity]'")
+            raise ValueError("identity and landmarks need dlib and its models; install them with: pip install '.[identity]' in a clone of the repository")
         import dlib
 
         folder = Path(package.submodule_search_locations[0]) / "models"

@@ -180,7 +180,7 @@ def parameter_count(model: nn.Module) -> int:
 def gmac(model: nn.Module) -> float:
     "Multiply-accumulates for one face, in 10^9 (convolutions; counted by PyTorch's flop counter while running)."
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 16, 16))
+        model(torch.zeros(1, 3, 16, 16, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2 / 1e9
 
 # %% ../nbs/04_model.ipynb #8b664c9d

@@ -81,11 +81,16 @@ def compare(
             table.loc[rows.index[tested], "p corrected"] = np.maximum.accumulate(rows["p"].fillna(1))[tested] if in_order else false_discovery_control(rows["p"][tested], method="bh")
     return table
 
+# %% ../nbs/10_statistics.ipynb #6ceb0aff
+def _leaves_out_zero(row: pd.Series) -> bool:
+    "The interval over people."
+    return bool(row["low"] > 0 or row["high"] < 0)
+
 
 def is_shown(row: pd.Series) -> bool:
-    "Whether a row of `compare` shows a difference: over seeds where there are several (corrected p at most 0.05), otherwise on the faces (the interval leaves out zero)."
-    if pd.isna(row.get("p", np.nan)):
-        return bool(row["low"] > 0 or row["high"] < 0)
+    "Whether a row of `compare` shows a difference: over seeds where its table has several (corrected p at most 0.05; a pair with one seed then shows nothing), otherwise on the faces (the interval leaves out zero)."
+    if "p" not in row:
+        return _leaves_out_zero(row)
     return bool(row["p corrected"] <= 0.05 + 1e-9)   # five of eight pairs at the smallest p of six seeds are corrected to 0.05 itself
 
 
@@ -97,7 +102,7 @@ def statement(row: pd.Series) -> str:
     what = f"{metric.label}, {row['variant']} against {row['reference']}: {number(row['difference'])}"
     on_faces = f"{number(row['low'])} to {number(row['high'])}, {row['n']:,} faces" + (f" of {row['people']:,} people" if row["people"] < row["n"] else "")
     if pd.isna(row.get("p", np.nan)):
-        verdict = f"**{word}** on these faces, between these two networks; with one seed nothing is known about others" if is_shown(row) else "**no difference is shown** on these faces"
+        verdict = f"**{word}** on these faces, between these two networks; with one seed nothing is known about others" if _leaves_out_zero(row) else "**no difference is shown** on these faces"
         return f"{what} (interval {on_faces}): {verdict}."
     verdict = f"**{word}** over seeds" if is_shown(row) else "**no difference is shown** over seeds"
     test = f"p = {row['p']:.3f}"
@@ -105,7 +110,7 @@ def statement(row: pd.Series) -> str:
         test += f", corrected {row['p corrected']:.3f}"
     if row["smallest"] > 0.05:
         test += f"; {int(row['seeds'])} seeds cannot show one: the smallest p they can reach is {row['smallest']:.2g}"
-    return f"{what} over {int(row['seeds'])} seeds (interval {number(row['seed_low'])} to {number(row['seed_high'])}): {verdict} ({test}; in {row['improvement']:.0%} of pairs of runs better). Averaged over these runs, on these faces: {word if row['low'] > 0 or row['high'] < 0 else 'no difference shown'} ({on_faces})."
+    return f"{what} over {int(row['seeds'])} seeds (interval {number(row['seed_low'])} to {number(row['seed_high'])}): {verdict} ({test}; in {row['improvement']:.0%} of pairs of runs better). Averaged over these runs, on these faces: {word if _leaves_out_zero(row) else 'no difference shown'} ({on_faces})."
 
 # %% ../nbs/10_statistics.ipynb #d1f6f09e
 SLICES = {"Eyeglasses": ("glasses", "no glasses"), "Wearing_Hat": ("hat", "no hat"), "Male": ("men", "women"), "Young": ("young", "not young")}   # as CelebA's annotators saw them

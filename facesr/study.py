@@ -32,9 +32,9 @@ VARIED = ("attention_weight", "attention_map", "supervision")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline":   {},                                                       # MSE + perceptual
-    "heatmap":    {"attention_weight": 2.0},                                # and the attention error, weighted by heatmaps
-    "multiscale": {"attention_weight": 2.0, "supervision": "multiscale"},   # and all of it again at 64 and 32, on the averaged output
-    "deep":       {"attention_weight": 2.0, "supervision": "deep"},         # and all of it again at 64 and 32, on auxiliary heads
+    "heatmap":    {"attention_weight": 2.0},                                # and the attention error, an absolute error weighted by heatmaps
+    "multiscale": {"attention_weight": 2.0, "supervision": "multiscale"},   # and both again at 64 and 32 (the VGG error is not), on the averaged output
+    "deep":       {"attention_weight": 2.0, "supervision": "deep"},         # the same on auxiliary heads
 }
 
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # %% ../nbs/08_study.ipynb #6f4e9b27
 GRIDS: dict[str, tuple[tuple[str, ...], int]] = {   # preset -> variants and controls, seeds
     "celeba-cpu": ((*VARIANTS, "uniform"), 1),
+    "paper": ((*VARIANTS, "uniform"), 1),
     "seeds": (("baseline", "uniform", "mean", "heatmap", "multiscale", "deep"), 6),
 }
 
@@ -123,9 +124,9 @@ class Config(BaseModel):
     perceptual_share: float = Field(1 / 8, gt=0, le=1, description="of the faces of a batch that VGG sees, at least one")
     attention_weight: float = Field(0.0, ge=0, description="of the attention error; 0: without heatmaps")
     attention_map: Literal["heatmap", "uniform", "edges", "shuffled", "mean"] = Field("heatmap", description="what weighs the attention error")
-    supervision: Literal["output", "multiscale", "deep"] = Field("output", description="the loss at 128 only, again on the averaged output, or again on auxiliary heads")
-    heatmaps: str = Field("", description="a store of one's own (facesr heatmaps); empty: results/heatmaps, made where it is missing")
-    ramp: float = Field(0.3, ge=0, le=0.85, description="share of training over which the perceptual weight rises from 0, that of attention from 60 %")
+    supervision: Literal["output", "multiscale", "deep"] = Field("output", description="output: the loss at 128 only; multiscale, deep: squared and attention error again at 64 and 32, on the averaged output or on auxiliary heads")
+    heatmaps: str = Field("", description="a store of one's own (facesr heatmaps); empty: that of the bundled detector, in OUT/heatmaps, made where it is missing")
+    ramp: float = Field(0.3, ge=0, le=0.85, description="share of training over which the perceptual weight rises from 0, that of attention from 60 %, to fall to 75 % at the end")
     # optimisation
     epochs: int = Field(8, ge=1, description="passes over the training faces")
     batch_size: int = Field(16, ge=1, description="faces a step, over all devices together")
@@ -281,10 +282,10 @@ _PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ul
 
 
 def _commit() -> str | None:
-    "The git commit of the source in use, with a + when it has been changed since; None outside a repository."
+    "The git commit of the source in use, with a + when it has been changed since; None where the package is no part of a repository, which may lie around it."
     git = lambda *args: subprocess.run(["git", "-C", str(files("facesr")), *args], capture_output=True, text=True, timeout=30).stdout.strip()
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
+        commit = git("ls-files", "__init__.py") and git("rev-parse", "--short=12", "HEAD")
         return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/facesr", ":/nbs") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -119,6 +119,8 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         if config.mixed_precision == "bf16" and self.accelerator.device.type == "cpu" and not _has_bfloat16():
             self._say("this processor has no instructions for bfloat16 and will be slow at it; mixed_precision='no' is faster here (and another run)")
+        if is_complete(self.folder, config, data):
+            self._say(f"{self.folder} is complete, and is made again")
         self._read_faces(data)
         self._open_heatmaps(Path(out))
         self._build()
@@ -143,6 +145,8 @@ class Trainer:
             if not names:
                 raise ValueError(f"there are no {split} faces in the data ({self.faces}); every split needs some")
             self.pixels[split] = read_pixels(self.faces.images, names, config.degradation, config.skip_unreadable)
+            if not self.pixels[split].names:
+                raise ValueError(f"none of the {len(names):,} {split} faces can be read ({self.faces})")
         self._say("using " + ", ".join(f"{len(p.names):,} {split}" for split, p in self.pixels.items()))
         if skipped := {n: why for p in self.pixels.values() for n, why in p.skipped.items()}:
             self._say(f"left out {len(skipped)} unreadable images: {', '.join(list(skipped)[:5])}{' ...' if len(skipped) > 5 else ''}")
@@ -279,7 +283,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         "What has to be the same for a run to be continued."
         faces = {f"{split} faces": pixels.fingerprint for split, pixels in self.pixels.items()}
-        return self.config.settings() | faces | {"heatmap recipe": self.heatmaps and self.heatmaps.fingerprint}
+        return self.config.settings() | faces | {"parameters": parameter_count(self.network), "heatmap recipe": self.heatmaps and self.heatmaps.fingerprint}
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all."
@@ -371,7 +375,7 @@ class Trainer:
             "best_epoch": self.progress.best_epoch, "rule": "highest mean PSNR on the validation faces",
             "validation": history.set_index("epoch").loc[self.progress.best_epoch].filter(like="val_").to_dict(),
             "test": summarise(table),
-            "parameters": parameter_count(model), "gmac": gmac(model.cpu()), "training_seconds": float(history["seconds"].sum()),
+            "parameters": parameter_count(model), "gmac": gmac(model), "training_seconds": float(history["seconds"].sum()),
         })
         for name in RUN_FILES:
             (self.work / name).replace(self.folder / name)
@@ -405,8 +409,10 @@ def progress_figure(trainer: Trainer) -> Figure:
 
 
 def made_of(config: Config, root: Path) -> dict[str, Any]:
-    "What tells a complete run from another one in the same folder."
-    return config.settings() | {"data": str(root)}
+    "What tells a complete run from another one in the same folder. The same settings may have made another network in another version."
+    with torch.device("meta"):
+        network = SuperResolutionUNet(config.conv, config.width, config.blocks)
+    return config.settings() | {"parameters": parameter_count(network), "data": str(root)}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -418,13 +424,20 @@ def is_complete(
     config: Config,
     data: str | Path | None = None,
 ) -> bool:
-    "Whether this very run has been made on this machine. Raises ValueError when the folder holds a complete run with other settings or faces."
-    if run_state(folder) != "complete":
+    "Whether this very run has been made on this machine. Raises ValueError when the folder holds a complete run with other settings or faces, wherever it was made."
+    state = run_state(folder)
+    if state not in ("complete", "published"):
         return False
-    then, now = json.loads((folder / "checkpoint" / "complete").read_text()), made_of(config, find_data(data)[0].resolve())
+    now = made_of(config, find_data(data)[0].resolve())
+    if state == "complete":
+        then = json.loads((folder / "checkpoint" / "complete").read_text())
+    else:   # it came with the repository, which does not know where the faces were
+        then, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        then = {name: then["config"].get(name) for name in config.settings()} | {"parameters": metrics["parameters"], "data": then["faces"]["origin"]}
+        now["data"] = find_faces(data).origin
     if then != now:
         raise ValueError(f"{folder} is a complete run with other settings ({differences(then, now)}); choose another folder for results, or remove that one")
-    return True
+    return state == "complete"
 
 
 def train(

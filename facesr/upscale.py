@@ -348,7 +348,7 @@ def export_onnx(
     try:
         import onnxscript  # noqa: F401  (what torch.onnx is built on)
     except ImportError as error:
-        raise ValueError("ONNX export needs onnx and onnxscript; install them with: pip install 'facesr[onnx]'") from error
+        raise ValueError("ONNX export needs onnx and onnxscript; install them with: pip install '.[onnx]' in a clone of the repository") from error
     module = _UnitRange(deepcopy(network).to("cpu")).eval()
     program = torch.onnx.export(module, (torch.zeros(2, 3, LR_SIZE, LR_SIZE),), dynamo=True, verbose=False,
                                 input_names=["lr"], output_names=["sr"], dynamic_shapes={"lr": {0: torch.export.Dim("faces")}})

@@ -35,6 +35,14 @@ def test_a_bad_checkpoint_is_refused_and_not_run(tmp_path, content):
     assert not touched.exists()
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".torchscript", ".yaml"])
+def test_only_pt_files_are_read(tmp_path, suffix):
+    "Ultralytics opens these without its safe loader, or builds a network of random weights."
+    (tmp_path / f"mine{suffix}").write_text("nc: 2")
+    with pytest.raises(ValueError, match=f"mine{suffix} is not a .pt file"):
+        checkpoint_detector(tmp_path / f"mine{suffix}", ["eye"])
+
+
 def test_a_network_for_another_task_is_refused(tmp_path):
     from ultralytics import YOLO
 

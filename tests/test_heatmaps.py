@@ -190,6 +190,9 @@ def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
     store = make_heatmaps(*arguments, skip_unreadable=True, report=said.append)
     assert store.names == NAMES[:5] + NAMES[7:8]
     assert said[-1] == "left out 2 unreadable images: 000006.jpg, 000007.jpg"
+    assert make_heatmaps(*arguments, skip_unreadable=True, report=said.append).names == store.names   # the same again: nothing is left but what cannot be read
+    with pytest.raises(ValueError, match="none of the 2 images in .* can be read"):
+        make_heatmaps(tmp_path / "other.h5", images, NAMES[5:7], FixedBoxes(), RECIPE, skip_unreadable=True, report=said.append)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):

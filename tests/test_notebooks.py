@@ -160,5 +160,7 @@ def test_the_published_results_are_what_was_asked_of_them():
             assert table[name].mean() == pytest.approx(test[name]["mean"], abs=1e-4)
         assert run.metrics["training_seconds"] <= 2 * 3600 and run.metrics["parameters"] <= 3_000_000
         reached[run.variant] = [test["psnr"]["mean"] >= 25.2, test["ssim_published"]["mean"] >= 0.705, test["ms_ssim_published"]["mean"] >= 0.920, test["lpips_alex"]["mean"] <= 0.24]
+    listed = pd.read_csv(ROOT / "results" / "list_eval_partition.csv")   # the faces, for whoever has CelebA
+    assert set(table["name"]) == set(listed["image_id"][listed["partition"] == 2]) and (listed["partition"] == 0).sum() == run.faces["splits"]["train"]["used"]
     assert set(reached) >= {"baseline", "heatmap", "multiscale", "deep", "uniform"}
     assert any(all(targets) for targets in reached.values()), reached

@@ -193,7 +193,7 @@ def train(
 ):
     "One run without a notebook; on several GPUs: accelerate launch $(which facesr) train ..."
     if wrong := [item for item in set if "=" not in item]:
-        raise ValueError(f"--set {wrong[0]}: it has to be NAME=VALUE, for example --set epochs=3")
+        raise ValueError(f"--set {wrong[0]}: it has to be NAME=VALUE, for example --set epochs=3 (and --out, for other results)")
     from facesr.training import train as train_run
 
     overrides = dict(item.split("=", 1) for item in set)
@@ -210,7 +210,7 @@ Store = Annotated[Path, typer.Argument(help="An HDF5 store of heatmaps.")]
 @heatmaps.command()
 def make(
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="The store; made, or added to. Default: where training looks for it, results/heatmaps/ (OUT/heatmaps/ of other results).")] = None,
+    out: Annotated[Path | None, typer.Option(help="The store; made, or added to. Default: where training looks for it, results/heatmaps/ (OUT/heatmaps/ of other results); to be named for any other detector or recipe.")] = None,
     split: Annotated[list[str], typer.Option(help=f"Of which faces: {', '.join(SPLITS)}; may be repeated. Default: all.")] = list(SPLITS),
     detector: Annotated[str, typer.Option(help="bundled, world (YOLO-World, fetched once), or a .pt file of Ultralytics.")] = "bundled",
     parts: Annotated[Path | None, typer.Option(help="Your own table of classes: CSV with class,weight,fade; for YOLO-World the classes are the prompts.")] = None,
@@ -226,6 +226,8 @@ def make(
     names = sorted(name for part in split for name in faces.names(part))
     table = read_parts(parts) if parts else PARTS if detector == "bundled" else PAPER_PARTS
     chosen = {name: value for name, value in {"confidence": confidence, "iou": iou, "size": size}.items() if value is not None}
+    if out is None and (chosen or parts or use_confidence or detector != "bundled"):
+        raise ValueError("the default store is for the bundled detector as it is; name another with --out, and give it to a run as heatmaps")
     network = find_detector(detector, list(table), **chosen)
     store = make_heatmaps(out or store_path("results", faces), faces.images, names, network, Recipe(table, use_confidence), skip_unreadable=skip_unreadable)
     _show(store)

@@ -122,6 +122,7 @@ class Trainer:
         if is_complete(self.folder, config, data):
             self._say(f"{self.folder} is complete, and is made again")
         self._read_faces(data)
+        self._refuse_other_faces()
         self._open_heatmaps(Path(out))
         self._build()
         self._lock()
@@ -150,6 +151,13 @@ class Trainer:
         self._say("using " + ", ".join(f"{len(p.names):,} {split}" for split, p in self.pixels.items()))
         if skipped := {n: why for p in self.pixels.values() for n, why in p.skipped.items()}:
             self._say(f"left out {len(skipped)} unreadable images: {', '.join(list(skipped)[:5])}{' ...' if len(skipped) > 5 else ''}")
+
+    def _refuse_other_faces(self) -> None:
+        "A complete run is only made again on the faces it was made on."
+        if run_state(self.folder) in ("complete", "published"):
+            recorded = json.loads((self.folder / "config.json").read_text())["faces"]["splits"]
+            if other := [split for split, pixels in self.pixels.items() if recorded[split]["sha256"] != pixels.fingerprint]:
+                raise ValueError(f"{self.folder} is a complete run on other faces ({', '.join(other)}); choose another folder for results, or remove that one")
 
     def _open_heatmaps(self, out: Path) -> None:
         "The maps of the training faces, where this run looks at them. Those of `results/heatmaps` are made where they are missing; a store that was named is only read."
@@ -424,17 +432,16 @@ def is_complete(
     config: Config,
     data: str | Path | None = None,
 ) -> bool:
-    "Whether this very run has been made on this machine. Raises ValueError when the folder holds a complete run with other settings or faces, wherever it was made."
+    "Whether this very run has been made on this machine. Raises ValueError when the folder holds a complete run with other settings, or one that was made here with other data."
     state = run_state(folder)
     if state not in ("complete", "published"):
         return False
     now = made_of(config, find_data(data)[0].resolve())
     if state == "complete":
         then = json.loads((folder / "checkpoint" / "complete").read_text())
-    else:   # it came with the repository, which does not know where the faces were
-        then, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
-        then = {name: then["config"].get(name) for name in config.settings()} | {"parameters": metrics["parameters"], "data": then["faces"]["origin"]}
-        now["data"] = find_faces(data).origin
+    else:   # it came with the repository, which does not know where the faces were; `Trainer` looks at them
+        recorded, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        then = {name: recorded["config"].get(name) for name in config.settings()} | {"parameters": metrics["parameters"], "data": now["data"]}
     if then != now:
         raise ValueError(f"{folder} is a complete run with other settings ({differences(then, now)}); choose another folder for results, or remove that one")
     return state == "complete"

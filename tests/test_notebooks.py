@@ -1,5 +1,6 @@
 "The papermill notebooks, run as a user runs them."
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from facesr.study import find_runs
+from facesr.study import find_runs, resolve
+from facesr.training import is_complete
 
 
 def papermill(facesr, executed, *parameters):
@@ -148,6 +150,19 @@ def test_notebooks_name_no_machine():
             text = cell["source"] + json.dumps([{k: v for k, v in o.get("data", o).items() if not k.startswith("image/")} for o in cell.get("outputs", [])])
             for place in (str(ROOT), "/root/", "/home/", "/tmp/"):
                 assert place not in text, f"{path.relative_to(ROOT)} names {place} in: {cell['source'][:60]}"
+
+
+@pytest.mark.parametrize("preset", ["quick", "celeba-cpu", "seeds"])
+def test_the_published_results_are_of_the_present_presets_and_network(preset):
+    "Each could be made again in place: `is_complete` refuses where settings or parameters differ."
+    for run in find_runs(ROOT / "results", preset):
+        assert not is_complete(run.folder, resolve(run.variant, preset, seed=run.seed))
+
+
+def test_the_published_reports_miss_no_number():
+    for path in (ROOT / "results").glob("*/report.html"):
+        text = re.sub(r'"data:[^"]*"', "", path.read_text())
+        assert not re.search(r"\bnan(?:\b|%)", text), path
 
 
 def test_the_published_results_are_what_was_asked_of_them():

@@ -66,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "celeba-cpu": {
         "needs_celeba": True,
         "train_faces": 12_500, "val_faces": 500, "test_faces": 2_500,
-        "epochs": 20, "mixed_precision": "bf16",
+        "epochs": 24, "mixed_precision": "bf16",
     },
     "seeds": {
         "needs_celeba": True,

@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "train_faces": 1_000, "val_faces": 50, "test_faces": 100,
-        "epochs": 9, "batch_size": 8, "width": 64, "blocks": 2,
+        "epochs": 9, "batch_size": 8, "width": 48, "blocks": 2,
     },
     "celeba-cpu": {
         "needs_celeba": True,
@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "seeds": {
         "needs_celeba": True,
-        "train_faces": 3_000, "val_faces": 100, "test_faces": 1_000,
+        "train_faces": 3_000, "val_faces": 100, "test_faces": 500,
         "epochs": 7, "mixed_precision": "bf16",
     },
     "paper": {
@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 GRIDS: dict[str, tuple[tuple[str, ...], int]] = {   # preset -> variants and controls, seeds
     "celeba-cpu": ((*VARIANTS, "uniform"), 1),
     "paper": ((*VARIANTS, "uniform"), 1),
-    "seeds": (("baseline", "uniform", "mean", "heatmap", "multiscale", "deep"), 6),
+    "seeds": (("baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"), 6),
 }
 
 

@@ -70,8 +70,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "seeds": {
         "needs_celeba": True,
-        "train_faces": 3_000, "val_faces": 100, "test_faces": 500,
-        "epochs": 7, "mixed_precision": "bf16",
+        "train_faces": 3_000, "val_faces": 100, "test_faces": 1_000,
+        "epochs": 7, "conv": "separable", "mixed_precision": "bf16",
     },
     "paper": {
         "needs_celeba": True,
@@ -114,7 +114,7 @@ class Config(BaseModel):
     degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in KERNELS")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network
-    conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
+    conv: str = Field("inverted", description="kind of convolutions, a name in CONVS")
     width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16; None: the default of conv")
     blocks: int | None = Field(None, ge=1, le=32, description="residual blocks; None: the default of conv")
     # objective

@@ -67,16 +67,56 @@ CROOKED = 0.2                   # so far from its place an eye or the mouth may 
 _SQUARE, _ABOVE = min(CELEBA_FRAME), 1j * (CELEBA_FRAME[1] - CELEBA_FRAME[0]) / 2   # the central square of the frame: its side, and where it begins
 
 
+def _first_guess(box: np.ndarray) -> tuple[complex, complex]:
+    "The similarity that puts a face's box into the middle of the frame, with some room around it."
+    left, top, right, bottom = box.tolist()
+    a = _SQUARE / (ROOM * max(right - left, bottom - top))
+    return a, complex(*CELEBA_FRAME) / 2 - a * complex(left + right, top + bottom) / 2
+
+
+def _refined(
+    fit: tuple[complex, complex],
+    parts: dict[str, complex],        # where they are in the frame under this fit
+) -> tuple[complex, complex] | None:
+    "The similarity that brings eyes and mouth to their places; None where they do not lie as in a face."
+    places = {part: complex(*place) for part, place in PLACES.items()}
+    a, b = similarity([parts[part] for part in places], list(places.values()))
+    eyes = abs(places["right eye"] - places["left eye"])
+    nose = a * parts["nose"] + b
+    between = places["left eye"].real < nose.real < places["right eye"].real and places["left eye"].imag < nose.imag < places["mouth"].imag
+    if not between or max(abs(a * parts[part] + b - place) for part, place in places.items()) > CROOKED * eyes:
+        return None
+    return a * fit[0], a * fit[1] + b
+
+
+def _distinct(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
+    "Those that bring another face to the frame than all before: its centre is more than half a frame away, or it is half or double the size."
+    centre, kept = complex(*CELEBA_FRAME) / 2, []
+    for a, b in fits:
+        if not any(abs((centre - b) / a - (centre - d) / c) < CELEBA_FRAME[0] / 2 / abs(c) and 0.5 < abs(a / c) < 2 for c, d in kept):
+            kept.append((a, b))
+    return kept
+
+
+def _by_size(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
+    "The largest face first: the one that is magnified least."
+    return sorted(fits, key=lambda fit: abs(fit[0]))
+
+# %% ../nbs/11_alignment.ipynb #b83f06d1
 def image_tensor(
     image: Image.Image,  # RGB
 ) -> torch.Tensor:       # [1, 3, H, W] uint8
+    "The image as a batch of one."
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 class FaceFinder:
     "Brings the largest face of a photograph to CelebA's frame."
 
-    def __init__(self, device: str = "cpu"):
+    def __init__(
+        self,
+        device: str = "cpu",   # where the detectors compute
+    ):
         self.looks = {side: bundled_detector(confidence=0.5, device=device, size=side) for side in LOOKS}
         self.parts = bundled_detector(device=device)
 
@@ -121,39 +161,3 @@ class FaceFinder:
         if not found:
             raise ValueError("it shows no face with both eyes, nose and mouth in sight; crop the face yourself and say prepare='face-crop'")
         return warp(image, *found[0])
-
-
-def _first_guess(box: np.ndarray) -> tuple[complex, complex]:
-    "The similarity that puts a face's box into the middle of the frame, with some room around it."
-    left, top, right, bottom = box.tolist()
-    a = _SQUARE / (ROOM * max(right - left, bottom - top))
-    return a, complex(*CELEBA_FRAME) / 2 - a * complex(left + right, top + bottom) / 2
-
-
-def _refined(
-    fit: tuple[complex, complex],
-    parts: dict[str, complex],        # where they are in the frame under this fit
-) -> tuple[complex, complex] | None:
-    "The similarity that brings eyes and mouth to their places; None where they do not lie as in a face."
-    places = {part: complex(*place) for part, place in PLACES.items()}
-    a, b = similarity([parts[part] for part in places], list(places.values()))
-    eyes = abs(places["right eye"] - places["left eye"])
-    nose = a * parts["nose"] + b
-    between = places["left eye"].real < nose.real < places["right eye"].real and places["left eye"].imag < nose.imag < places["mouth"].imag
-    if not between or max(abs(a * parts[part] + b - place) for part, place in places.items()) > CROOKED * eyes:
-        return None
-    return a * fit[0], a * fit[1] + b
-
-
-def _distinct(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
-    "Those that bring another face to the frame than all before: its centre is more than half a frame away, or it is half or double the size."
-    centre, kept = complex(*CELEBA_FRAME) / 2, []
-    for a, b in fits:
-        if not any(abs((centre - b) / a - (centre - d) / c) < CELEBA_FRAME[0] / 2 / abs(c) and 0.5 < abs(a / c) < 2 for c, d in kept):
-            kept.append((a, b))
-    return kept
-
-
-def _by_size(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
-    "The largest face first: the one that is magnified least."
-    return sorted(fits, key=lambda fit: abs(fit[0]))

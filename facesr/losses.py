@@ -30,14 +30,16 @@ class PerceptualLoss(nn.Module):
     "Sum over layers of the mean squared difference of VGG16 features."
 
     def __init__(self):
+        "Raises MissingWeights where VGG16's are not on this machine and cannot be downloaded."
         super().__init__()
-        self.features = VGGFeatures(layers=("relu1_2", "relu2_2", "relu3_3"))
+        self.features = VGGFeatures()
 
     def forward(
         self,
         sr: Tensor,  # [B, 3, H, W] in [-1, 1]
         hr: Tensor,  # same shape
-    ) -> Tensor:     # scalar
+    ) -> Tensor:     # scalar, 0 or more
+        "Means over faces, channels and places of each layer, added. Raises ValueError for images of fewer than 16 pixels a side."
         with torch.no_grad():
             target = self.features(hr)
         return sum(functional.mse_loss(seen, target[layer]) for layer, seen in self.features(sr).items())
@@ -92,7 +94,10 @@ class Scale:
     heatmap: Tensor | None   # [B, 1, size, size] in [0, 1]
 
 
-def area(x: Tensor | None, size: int) -> Tensor | None:
+def area(
+    x: Tensor | None,   # [B, C, H, W], H and W multiples of `size`
+    size: int,          # pixels a side of the result
+) -> Tensor | None:     # [B, C, size, size]; None for None
     "Mean over squares of pixels, down to `size`; a heatmap is stretched to [0, 1] again where it is used."
     return x if x is None or x.shape[-1] == size else functional.adaptive_avg_pool2d(x, size)
 
@@ -139,12 +144,14 @@ class Objective(nn.Module):
         self,
         progress: float,  # share of training done, in [0, 1]
     ) -> float:
+        "The perceptual error's weight by then: from 0 to its full value over the ramp."
         return self.perceptual * (min(1.0, progress / self.ramp) if self.ramp else 1.0)
 
     def attention_weight(
         self,
         progress: float,  # share of training done, in [0, 1]
     ) -> float:
+        "The attention error's weight by then: from 60 % to its full value over the ramp, and to 75 % over the last 15 %."
         rising = min(1.0, 0.6 + 0.4 * progress / self.ramp) if self.ramp else 1.0
         falling = 1.0 - 0.25 * max(0.0, progress - 0.85) / 0.15
         return self.attention * min(rising, falling)
@@ -156,6 +163,7 @@ class Objective(nn.Module):
         step: int,        # steps done so far
         progress: float,  # share of training done, in [0, 1]
     ) -> Loss:
+        "The weighted sum, and each term by itself; at other sizes than 128 its name ends in the size."
         terms, total = {}, 0.0
         for size, scale in scales_of(outputs, batch, self.multiscale).items():
             at = "" if size == 128 else f"_{size}"

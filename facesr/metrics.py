@@ -73,12 +73,12 @@ NORMALISED_BETAS = tuple(b / sum(WANG_BETAS) for b in WANG_BETAS)  # the same, a
 
 
 def ms_ssim(
-    sr: Tensor,                                     # [B, C, H, W], 81 pixels a side or more, float, `data_range` from black to white
+    sr: Tensor,                                     # [B, C, H, W], 99 pixels a side or more for four betas, float, `data_range` from black to white
     hr: Tensor,                                     # same shape and range as sr
     data_range: float = 255,                        # white minus black
     betas: tuple[float, ...] = NORMALISED_BETAS,    # the power of each scale, finest first
 ) -> Tensor:                                        # [B], 1 for equal images
-    "Multi-scale structural similarity of each image: a scale for each beta, Gaussian window 11x11, sigma 1.5, negative terms as 0."
+    "Multi-scale structural similarity of each image: a scale for each beta, Gaussian window 11x11, sigma 1.5, negative terms as 0. Raises ValueError for unequal or too small shapes."
     _check_same_shape(sr, hr)
     return multiscale_structural_similarity_index_measure(
         sr.float(), hr.float(), data_range=float(data_range), reduction="none", betas=betas, normalize="relu", **_WINDOW)
@@ -145,7 +145,7 @@ DLIB_MODELS = {                  # in the package face-recognition-models 0.3.0,
     "dlib_face_recognition_resnet_model_v1.dat": "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
 }
 
-
+# %% ../nbs/07_metrics.ipynb #f3a86c12
 class FaceIdentity:
     "Identity and landmarks of faces by dlib (King 2009; Kazemi and Sullivan 2014; dlib_face_recognition_resnet_model_v1)."
 
@@ -176,7 +176,8 @@ class FaceIdentity:
         self,
         image: np.ndarray,             # [128, 128, 3] uint8
         place: "dlib.rectangle",       # where the face is
-    ) -> tuple[np.ndarray, np.ndarray]:   # descriptor [128] and points [68, 2] in pixels
+    ) -> tuple[np.ndarray, np.ndarray]:   # descriptor [128] and points [68, 2], x and y in pixels
+        "What dlib's two models say of the face at that place."
         image = np.ascontiguousarray(image)
         shape = self.points(image, place)
         return np.array(self.descriptor.compute_face_descriptor(image, shape)), np.array([(p.x, p.y) for p in shape.parts()], dtype=float)
@@ -186,6 +187,7 @@ class FaceIdentity:
         sr: Tensor,             # [B, 3, 128, 128] uint8
         hr: Tensor,             # [B, 3, 128, 128] uint8
     ) -> dict[str, Tensor]:     # identity_cosine [B] in [-1, 1], landmark_error [B] in per cent of the distance between the outer corners of the eyes
+        "How alike output and target are, image by image; the face is looked for in the target."
         found = []
         for output, target in zip(*(x.cpu().permute(0, 2, 3, 1).numpy() for x in (sr, hr))):
             place = self.place(target)
@@ -293,7 +295,7 @@ class Evaluator:
             found |= self.identity(sr8, hr)
         return {name: found[name].float().cpu() for name in self.columns}
 
-
+# %% ../nbs/07_metrics.ipynb #0be417d9
 def _check_names(parameter: str, names: Sequence[str], allowed: tuple[str, ...]) -> None:
     "Raise ValueError unless names is a sequence of allowed names."
     if isinstance(names, str) or any(name not in allowed for name in names):
@@ -368,7 +370,7 @@ def evaluate_files(
 
     return evaluate(tqdm(batches(), total=-(-len(names) // 10), desc="evaluate", leave=False, disable=not progress), evaluator)
 
-
+# %% ../nbs/07_metrics.ipynb #8c5e2fa6
 def _by_name(folder: str | Path) -> dict[str, Path]:
     "The images of a folder by their path without suffix."
     if not Path(folder).is_dir():
@@ -422,7 +424,7 @@ def bootstrap_means(
     finite, infinities, size = np.split(total, [values.shape[1], 2 * values.shape[1]], axis=1)
     return np.where(infinities == 0, finite / size, np.copysign(np.inf, infinities))
 
-
+# %% ../nbs/07_metrics.ipynb #e64a7b05
 def summarise(
     per_image: pd.DataFrame,      # a row an image, as `evaluate` gives it, with or without a column of identities
     people: str | None = None,    # the column that says who is in the image; None: "identity", if the table has it and it is filled
@@ -449,7 +451,7 @@ def summarise(
         summary |= _summarise(per_image.loc[there, [name]], who if who is None else who[there], draws, seed)
     return {name: summary[name] for name in columns}
 
-
+# %% ../nbs/07_metrics.ipynb #91d0b4ee
 def _summarise(table: pd.DataFrame, who: pd.Series | None, draws: int, seed: int) -> dict[str, dict]:
     "`summarise` of columns that are filled."
     count = len(table) if who is None else who.nunique()

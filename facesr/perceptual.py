@@ -168,7 +168,7 @@ def _download(net: str, seconds: float = 20) -> Path:
         socket.setdefaulttimeout(before)
     return target
 
-
+# %% ../nbs/05_perceptual.ipynb #6f1b0a93
 def find_weights(
     net: str,                            # "vgg" or "alex"
     part: str = "features",              # "features" (the convolutions) or "linear" (of LPIPS)
@@ -219,7 +219,7 @@ LPIPS_LAYERS = {
 _SMALLEST = {"vgg": 16, "alex": 31}   # pixels a side that every layer can work on
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of RGB in [0, 1]
 
-
+# %% ../nbs/05_perceptual.ipynb #c07be5d2
 class Features(nn.Module):
     "Frozen ImageNet features of images in [-1, 1], by layer name."
 
@@ -266,7 +266,7 @@ def _check_images(name: str, images: Tensor, smallest: int) -> None:
         raise ValueError(f"{name} is {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}; it has to be float [B, 3, H, W] in [-1, 1] "
                          f"with at least {smallest} pixels a side")
 
-
+# %% ../nbs/05_perceptual.ipynb #a2d9c417
 class VGGFeatures(Features):
     "VGG16 up to relu3_3: what the study's perceptual loss compares."
 

@@ -60,7 +60,7 @@ def pretrained() -> list[str]:
 def _image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
-
+# %% ../nbs/12_upscale.ipynb #d94c1e70
 class Upscaler:
     """Draws a plausible 128x128 face for each 16x16 one.
 
@@ -68,10 +68,11 @@ class Upscaler:
 
     def __init__(
         self,
-        network: SuperResolutionUNet,
-        device: str | torch.device = "cpu",
-        batch_size: int = 16,               # faces at a time: bounds the memory
+        network: SuperResolutionUNet,       # trained; moved to `device` and set to evaluation
+        device: str | torch.device = "cpu", # where it computes
+        batch_size: int = 16,               # faces at a time, at least 1: bounds the memory
     ):
+        "Raises ValueError for a device that this PyTorch cannot use, or a batch size below 1."
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it has to be at least 1")
         try:
@@ -85,10 +86,10 @@ class Upscaler:
     def from_pretrained(
         cls,
         name_or_path: str | Path = DEFAULT_WEIGHTS,   # a name in `pretrained()`, or the model.safetensors of a training run
-        device: str | torch.device = "cpu",
-        batch_size: int = 16,
+        device: str | torch.device = "cpu",           # as above
+        batch_size: int = 16,                         # as above
     ) -> "Upscaler":
-        "Raises FileNotFoundError or ValueError that says what there is."
+        "With weights of the package or of a run. Raises FileNotFoundError or ValueError that says what there is."
         path = WEIGHTS / f"{name_or_path}.safetensors" if str(name_or_path) in pretrained() else Path(name_or_path)
         if not path.is_file():
             raise FileNotFoundError(f"{str(name_or_path)!r} is neither a file nor the name of weights in the package; those are {', '.join(pretrained())}")
@@ -243,9 +244,9 @@ def planned_outputs(
     names = {path: f"{path.name if shared[path.with_suffix('')] > 1 else path.stem}.png" for path in found}
     return {path: out / path.relative_to(source).with_name(names[path]) for path in found}, others
 
-
+# %% ../nbs/12_upscale.ipynb #37e0c8f2
 def upscale_files(
-    upscaler: Upscaler,
+    upscaler: Upscaler,            # what draws them
     source: str | Path,            # an image, or a folder of them
     out: str | Path,               # where to: see `planned_outputs`
     prepare: str | None = None,    # as in `Upscaler`
@@ -305,7 +306,7 @@ def _check_places(outputs: dict[Path, Path], sheet: Path | None) -> None:
     if twice := [path for path, times in places.items() if times > 1]:
         raise ValueError(f"{twice[0]} would be written twice, for two inputs or for an input and the sheet; rename one, or choose another place for the sheet")
 
-
+# %% ../nbs/12_upscale.ipynb #a47d3b59
 def _encoded(image: Image.Image, path: Path) -> bytes:
     "The content of a file with that suffix."
     formats = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -341,7 +342,7 @@ class _UnitRange(nn.Module):
 
 
 def export_onnx(
-    network: SuperResolutionUNet,
+    network: SuperResolutionUNet,  # on any device; it is not changed
     path: str | Path,              # the .onnx file to write
 ) -> None:
     "Input `lr` [N, 3, 16, 16] float32 RGB in [0, 1], output `sr` [N, 3, 128, 128] likewise. Raises ValueError where the extra 'onnx' is not installed, OSError where the file cannot be written."

@@ -19,8 +19,8 @@ import typer
 
 from .degradation import KERNELS
 from .detection import find_detector
-from .faces import SPLITS, find_data, find_faces, listed_names, read_identities
-from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_parts, store_path
+from .faces import SPLITS, find_data, find_faces, read_identities
+from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_names, read_parts, store_path
 from .study import CONTROLS, PRESETS, grid, resolve, run_folder, write_atomically
 from .upscale import DEFAULT_WEIGHTS, SHEET_FACES, Existing, Preparation, Upscaler, export_onnx, pretrained, upscale_files
 
@@ -256,12 +256,16 @@ def _show(store: HeatmapStore) -> None:
 
 @heatmaps.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A published file (one dataset `heatmaps`), or its http(s) address.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A published file (one dataset `heatmaps`), or its http(s) address.")],
     out: Annotated[Path, typer.Argument(help="The store to make.")],
-    data: Data = None,
+    names: Annotated[Path | None, typer.Option(help="Whose the rows are: a text file, a name a line, in the order of the rows. Default: IN.names.txt where `export` left it, else CelebA's first training images, as in the files of 10,000, 30,000 and 50,000 rows that were published.")] = None,
 ):
-    "Bring a published file into the keyed form: row i belongs to the i-th training name of the partition file, in sorted order."
-    _show(import_published(source, out, listed_names(data, "train")))
+    "Bring a published file into the keyed form, in which a map is found by the name of its face."
+    exported = Path(f"{source}.names.txt")
+    listed = names or (exported if exported.is_file() else None)
+    store = import_published(source, out, read_names(listed) if listed else None)
+    print(f"rows: {store.names[0]} to {store.names[-1]}, named by {listed or 'their order in CelebA'}")
+    _show(store)
 
 
 @heatmaps.command()

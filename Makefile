@@ -13,6 +13,7 @@ SCHEDULER ?=
 DATA   ?=
 OUT    ?= results
 PYTHON ?= python3
+$(if $(filter-out 1 yes true 0 no,$(CONTROLS)),$(error CONTROLS is '$(CONTROLS)'; allowed are 1, yes, true for the controls too, and 0, no or nothing for the variants alone))
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -32,7 +33,7 @@ export PATH := $(CURDIR)/$(bin):$(PATH)
 
 study: .venv/ready
 	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --workers '$(WORKERS)' \
-	  $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(CONTROLS),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
+	  $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(filter 1 yes true,$(CONTROLS)),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
 
 prepare: .venv/ready
 	$(bin)/nbdev_clean

@@ -19,8 +19,8 @@ import typer
 
 from .degradation import KERNELS
 from .detection import find_detector
-from .faces import SPLITS, find_data, find_faces, listed_names, read_identities
-from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_parts, store_path
+from .faces import SPLITS, find_data, find_faces, read_identities
+from .heatmaps import PAPER_PARTS, PARTS, HeatmapStore, Recipe, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_names, read_parts, store_path
 from .study import CONTROLS, PRESETS, grid, resolve, run_folder, write_atomically
 from .upscale import DEFAULT_WEIGHTS, SHEET_FACES, Existing, Preparation, Upscaler, export_onnx, pretrained, upscale_files
 
@@ -29,15 +29,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 # %% ../nbs/13_cli.ipynb #1df80a9e
 class NotebookError(RuntimeError):
-    "A cell of a notebook failed; the message is that of the cell."
+    "A cell of a notebook failed; the message is that of the cell, `name` that of its exception."
+
+    def __init__(self, message: str, name: str = ""):
+        super().__init__(message)
+        self.name = name
 
 
 def execute(
     notebook: Path,                # what to run
     executed: Path,                # where the executed copy goes
     parameters: dict[str, object],
-) -> None:
-    "Run `notebook` with papermill, its output going to the terminal. Raises NotebookError."
+) -> nbformat.NotebookNode:       # the executed copy
+    "Run `notebook` with papermill, to its end, its output going to the terminal. Raises NotebookError."
     if not notebook.is_file():
         raise FileNotFoundError(f"{notebook} is not there; run this in a clone of the repository, or name its folder of notebooks with --notebooks")
     import papermill
@@ -48,16 +52,15 @@ def execute(
     try:
         with TemporaryDirectory() as sockets:   # the kernel is spoken to through files of this user: no open ports, and no warning about them
             private = KernelConfig({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
-            papermill.execute_notebook(
+            return papermill.execute_notebook(
                 notebook, executed, parameters, cwd=str(notebook.parent), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, config=private
             )
     except PapermillExecutionError as error:
-        raise NotebookError(error.evalue) from None
+        raise NotebookError(error.evalue, error.ename) from None
 
-
-def as_published(executed: Path) -> str:
+# %% ../nbs/13_cli.ipynb #6b07e49c
+def as_published(notebook: nbformat.NotebookNode) -> str:
     "The executed notebook without this machine: warnings, and papermill's note of paths and times, are dropped; the parameters stay in their cell."
-    notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
@@ -92,7 +95,7 @@ def run_notebook(
     out: Path,           # the folder of all results
     notebooks: Path,     # the folder with train.ipynb
 ) -> None:
-    "One run through train.ipynb; nothing where it is complete. Raises what the notebook ends with."
+    "One run through train.ipynb, which is published when it has run to its end; nothing where the run is complete. Raises what the notebook ends with."
     from facesr.training import is_complete
 
     if data:   # by the environment: notebooks should not carry a path of this machine
@@ -101,14 +104,15 @@ def run_notebook(
         os.environ.pop("FACESR_CELEBA", None)
     config = resolve(variant, preset, seed=seed)
     folder = run_folder(out, config)
-    executed = folder / "checkpoint" / "train.ipynb"
-    if is_complete(folder, config, data):
-        print(f"{folder} is complete", flush=True)
-    else:
+    if not is_complete(folder, config, data):   # so that no notebook is started in vain; `Trainer` decides
         print(f"{folder}: training {variant}", flush=True)
-        execute(notebooks / "train.ipynb", executed, {"variant": variant, "preset": preset, "seed": seed, "out": os.path.relpath(out, notebooks)})
-    if executed.is_file():   # `facesr train` makes a run without one
-        write_atomically(folder / "train.ipynb", as_published(executed))
+        try:
+            done = execute(notebooks / "train.ipynb", folder / "checkpoint" / "train.ipynb", {"variant": variant, "preset": preset, "seed": seed, "out": os.path.relpath(out, notebooks), "again": False})
+            return write_atomically(folder / "train.ipynb", as_published(done))
+        except NotebookError as error:
+            if error.name != "RunComplete":   # another process has made it in the meantime
+                raise
+    print(f"{folder} is complete", flush=True)
 
 # %% ../nbs/13_cli.ipynb #acf50e18
 def run_all(
@@ -137,16 +141,16 @@ def run_all(
         with Client(cluster) as client:
             labels = {client.submit(run_notebook, *arguments, pure=False): label for label, arguments in runs.items()}
             for future in as_completed(labels):
-                if future.status == "error":
-                    failed[labels[future]] = str(future.exception())
-                    print(f"{labels[future]} failed: {failed[labels[future]]}", file=sys.stderr, flush=True)
-                else:
+                if future.status == "finished":
                     print(f"{labels[future]} done", flush=True)
+                else:   # an error, or cancelled, or lost
+                    failed[labels[future]] = str(future.exception()) if future.status == "error" else f"Dask says it is {future.status}; start again"
+                    print(f"{labels[future]} failed: {failed[labels[future]]}", file=sys.stderr, flush=True)
         if not scheduler:
             cluster.close()
     return failed
 
-
+# %% ../nbs/13_cli.ipynb #d8243b6e
 @app.command()
 def study(
     preset: Preset = "quick",
@@ -181,7 +185,7 @@ def study(
         raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(f"{label}: {why}" for label, why in failed.items()) + f". The others are in {report}")
     print(report.resolve() if not report.is_relative_to(".") else report)
 
-
+# %% ../nbs/13_cli.ipynb #0f5ad713
 @app.command()
 def train(
     variant: Annotated[str, typer.Argument(help="What is studied: a name in facesr.study.VARIANTS or CONTROLS.")] = "baseline",
@@ -232,7 +236,7 @@ def make(
     store = make_heatmaps(out or store_path("results", faces), faces.images, names, network, Recipe(table, use_confidence), skip_unreadable=skip_unreadable)
     _show(store)
 
-
+# %% ../nbs/13_cli.ipynb #8e40b1f7
 @heatmaps.command()
 def show(
     store: Store,
@@ -253,15 +257,19 @@ def _show(store: HeatmapStore) -> None:
     else:
         print("imported: which detections they were made from is not known, and neither are the images")
 
-
+# %% ../nbs/13_cli.ipynb #24d9f06b
 @heatmaps.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A published file (one dataset `heatmaps`), or its http(s) address.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A published file (one dataset `heatmaps`), or its http(s) address.")],
     out: Annotated[Path, typer.Argument(help="The store to make.")],
-    data: Data = None,
+    names: Annotated[Path | None, typer.Option(help="Whose the rows are: a text file, a name a line, in the order of the rows. Default: IN.names.txt where `export` left it, else CelebA's first training images, as in the files of 10,000, 30,000 and 50,000 rows that were published.")] = None,
 ):
-    "Bring a published file into the keyed form: row i belongs to the i-th training name of the partition file, in sorted order."
-    _show(import_published(source, out, listed_names(data, "train")))
+    "Bring a published file into the keyed form, in which a map is found by the name of its face."
+    exported = Path(f"{source}.names.txt")
+    listed = names or (exported if exported.is_file() else None)
+    store = import_published(source, out, read_names(listed) if listed else None)
+    print(f"rows: {store.names[0]} to {store.names[-1]}, named by {listed or 'their order in CelebA'}")
+    _show(store)
 
 
 @heatmaps.command()
@@ -299,7 +307,7 @@ def upscale(
     if outcome.failed:
         raise typer.Exit(3 if outcome.written or outcome.kept else 1)
 
-
+# %% ../nbs/13_cli.ipynb #d65c8a03
 @app.command()
 def evaluate(
     outputs: Annotated[Path, typer.Argument(help="A folder of 128x128 images.")],
@@ -329,7 +337,7 @@ def evaluate(
         print(f"{metric.heading:26} {mean:>8}   {low} to {high}" + (f"   ({found['n']:,} images)" if found["n"] < len(table) else ""))
     print(f"{len(table):,} images" + (f" of {table['identity'].nunique():,} people" if people else "") + "; 95 % intervals, bootstrap over " + ("people" if people else "images"))
 
-
+# %% ../nbs/13_cli.ipynb #7f1be429
 @app.command("export")
 def export_network(
     weights: Annotated[str, typer.Argument(help=f"Weights in the package ({', '.join(pretrained())}), or the model.safetensors of a run.")],

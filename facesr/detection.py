@@ -138,8 +138,6 @@ def bundled_detector(
     return UltralyticsDetector(yolo, "bundled part detector", hashlib.sha256(content).hexdigest(), confidence, iou, size, device)
 
 # %% ../nbs/02_detection.ipynb #c55a8f4c
-WORLD_WEIGHTS = "yolov8s-worldv2.pt"
-_WORLD_URL = f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{WORLD_WEIGHTS}"
 _CLIP = "pip install git+https://github.com/ultralytics/CLIP.git"
 
 
@@ -187,6 +185,10 @@ def _encode(yolo: "YOLO", prompts: Sequence[str]) -> None:
             "a network, or save the checkpoint there after set_classes and name that file"
         ) from error
 
+# %% ../nbs/02_detection.ipynb #7ce3cafc
+WORLD_WEIGHTS = "yolov8s-worldv2.pt"
+_WORLD_URL = f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{WORLD_WEIGHTS}"
+
 
 def world_detector(
     prompts: Sequence[str],            # what to look for, in words
@@ -207,8 +209,6 @@ def world_detector(
             place.with_suffix(".part").unlink(missing_ok=True)
             raise FileNotFoundError(f"{WORLD_WEIGHTS} is not on this machine and cannot be fetched ({error}); download {_WORLD_URL} to {place}, or name a local .pt file as detector") from error
     return checkpoint_detector(place, prompts, device=device, **settings)
-
-
 
 # %% ../nbs/02_detection.ipynb #c8ebfccd
 def find_detector(

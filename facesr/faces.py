@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_SUFFIXES', 'BUNDLED', 'MAX_PIXELS', 'MAX_BYTES', 'find_data', 'read_partition', 'read_identities',
-           'read_attributes', 'FaceSet', 'find_faces', 'listed_names', 'upright_rgb', 'read_image', 'image_files',
-           'Pixels', 'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
+           'read_attributes', 'FaceSet', 'find_faces', 'upright_rgb', 'read_image', 'image_files', 'Pixels',
+           'read_pixels', 'Batch', 'FaceDataset', 'EpochBatches']
 
 # %% ../nbs/01_faces.ipynb #12008bb4
 import hashlib
 import os
 import random
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -60,37 +61,40 @@ def _find(root: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
+def _two_columns(
+    path: Path,
+    allowed: str,    # a regular expression for the number
+    meaning: str,    # of the number, in words
+) -> dict[str, int]: # number by image name
+    "A table with an image name and a number a line, with or without a header. Raises ValueError, naming the line, for anything else."
+    table: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        cells = line.replace(",", " ").split()
+        if not cells or (number == 1 and cells[0] == "image_id"):
+            continue
+        if len(cells) != 2 or not re.fullmatch(allowed, cells[1]):
+            raise ValueError(f"{path.name}, line {number}: found {line[:80]!r}; every line has to be an image name and {meaning}")
+        if cells[0] in table:
+            raise ValueError(f"{path.name} names {cells[0]} more than once; every image has one line")
+        table[cells[0]] = int(cells[1])
+    if not table:
+        raise ValueError(f"{path.name} names no image; every line has to be an image name and {meaning}")
+    return table
+
+
 def read_partition(
     path: Path,     # list_eval_partition.csv (Kaggle) or .txt (original)
 ) -> pd.DataFrame:  # columns name, split (a name in SPLITS)
     "CelebA's split of its images. Raises ValueError for a file that is something else."
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        cells = line.replace(",", " ").split()
-        if not cells or (number == 1 and cells == ["image_id", "partition"]):
-            continue
-        if len(cells) != 2 or cells[1] not in ("0", "1", "2"):
-            raise ValueError(f"{path.name}, line {number}: found {line[:80]!r}; every line has to be an image name and 0 (train), 1 (val) or 2 (test)")
-        rows.append((cells[0], SPLITS[int(cells[1])]))
-    table = pd.DataFrame(rows, columns=["name", "split"])
-    if table.empty:
-        raise ValueError(f"{path.name} names no image; it has to list image names with 0, 1 or 2")
-    if (twice := table["name"][table["name"].duplicated()]).any():
-        raise ValueError(f"{path.name} names {twice.iloc[0]} more than once; every image belongs to one split")
-    return table
+    numbers = _two_columns(path, "[012]", "0 (train), 1 (val) or 2 (test)")
+    return pd.DataFrame({"name": list(numbers), "split": [SPLITS[number] for number in numbers.values()]})
 
 
 def read_identities(
     path: Path,  # identity_CelebA.txt: `000001.jpg 2880` a line
 ) -> pd.Series:  # person number by image name
-    "Who is on each image."
-    table = pd.read_csv(path, sep=r"[\s,]+", engine="python", names=["name", "identity"], dtype=str, encoding_errors="replace")
-    if (twice := table["name"][table["name"].duplicated()]).any():
-        raise ValueError(f"{path.name} names {twice.iloc[0]} more than once; every image shows one person")
-    identity = pd.to_numeric(table["identity"], errors="coerce")
-    if (bad := identity.isna() & (table["name"] != "image_id")).any():
-        raise ValueError(f"{path.name}: no person number for {table['name'][bad].iloc[0]!r}; every line has to be an image name and a number")
-    return pd.Series(identity.values, index=table["name"], name="identity").dropna().astype(int)
+    "Who is on each image. Raises ValueError for a file that is something else."
+    return pd.Series(_two_columns(path, "[0-9]{1,9}", "the number of a person"), name="identity").rename_axis("name")
 
 
 def read_attributes(
@@ -135,7 +139,7 @@ class FaceSet:
         gone = f"; {self.missing:,} named in the partition are not there" if self.missing else ""
         return f"{self.origin} ({self.reason}): {counts}{gone}"
 
-
+# %% ../nbs/01_faces.ipynb #a2fc1b68
 def _image_folder(root: Path) -> tuple[Path, list[str]]:
     "The folder with the most images among `root` and the folders up to two below, and their names."
     best = (root, [])
@@ -153,6 +157,8 @@ def _split_by_hash(names: Sequence[str]) -> list[str]:
     "80 / 10 / 10 by the rank of each name's SHA-256."
     if len(names) < 10:
         raise ValueError(f"found {len(names)} images; a folder without a partition file needs at least 10, to be split into training, validation and test")
+    if odd := [name for name in names if re.search("[\ud800-\udfff]", name)]:
+        raise ValueError(f"the file name {odd[0]!r} is not UTF-8, in which results are written; rename the file")
     rank = {name: i for i, name in enumerate(sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()))}
     tenth = len(names) // 10
     return ["test" if rank[n] < tenth else "val" if rank[n] < 2 * tenth else "train" for n in names]
@@ -176,23 +182,13 @@ def find_faces(
             raise ValueError(f"none of the {len(listed):,} images that {partition.name} names is in {images}; found there for example {present[0]}")
     table = table.sort_values("name", ignore_index=True).assign(identity=-1)
     if (identities := _find(root, ("identity_CelebA.txt",))) is not None:
-        table["identity"] = table["name"].map(read_identities(identities)).fillna(-1).astype(int)
+        known = read_identities(identities)
+        table["identity"] = table["name"].map(known).fillna(-1).astype(int)
+        if (table["identity"] == -1).all():
+            raise ValueError(f"{identities.name} names none of the {len(table):,} images, but for example {known.index[0]}; replace it, or take it out")
     if (attribute_file := _find(root, ("list_attr_celeba.csv", "list_attr_celeba.txt"))) is not None:
         attributes = read_attributes(attribute_file)
     return FaceSet(images, table, origin, reason, missing, attributes)
-
-
-def listed_names(
-    data: str | Path | None,  # as in `find_data`
-    split: str,               # "train", "val" or "test"
-) -> list[str]:
-    "The names that the partition file gives a split, sorted, whether the images are there or not. Raises FileNotFoundError where there is no such file."
-    root = find_data(data)[0]
-    partition = _find(root, ("list_eval_partition.csv", "list_eval_partition.txt"))
-    if partition is None:
-        raise FileNotFoundError(f"there is no list_eval_partition.csv or .txt in {root} or up to two folders below it")
-    table = read_partition(partition)
-    return sorted(table["name"][table["split"] == split])
 
 # %% ../nbs/01_faces.ipynb #7e769afc
 MAX_PIXELS = 50_000_000
@@ -236,19 +232,27 @@ def upright_rgb(
     return image.convert("RGB")
 
 
+def _content(path: Path) -> bytes:
+    "What an image file holds. Raises ValueError for a large one, and for what is no file: to open a pipe would be to wait for ever."
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("is no file but a folder, pipe, socket or device")
+    if found.st_size > MAX_BYTES:
+        raise ValueError(f"its {found.st_size:,} bytes are more than {MAX_BYTES:,}")
+    return path.read_bytes()
+
+
 @_reasons()
 def read_image(
     source: Path | bytes,  # a file (JPEG, PNG, WebP, BMP), or its content
 ) -> Image.Image:          # RGB, upright
     "The image of a file, as `upright_rgb` gives it. Raises ValueError with the reason when it cannot be read."
-    if not isinstance(source, bytes) and Path(source).stat().st_size > MAX_BYTES:
-        raise ValueError(f"its {Path(source).stat().st_size:,} bytes are more than {MAX_BYTES:,}")
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    content = source if isinstance(source, bytes) else _content(Path(source))
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return upright_rgb(Image.open(BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP")))
 
-
+# %% ../nbs/01_faces.ipynb #a9da25a8
 def image_files(
     folder: Path,
     leave_out: Path | None = None,  # a folder that is not looked into
@@ -276,7 +280,7 @@ def _is_device(path: Path) -> bool:
     except OSError:
         return False
 
-
+# %% ../nbs/01_faces.ipynb #92444f39
 @dataclass(frozen=True)
 class Pixels:
     "Decoded faces: for each size of the pyramid a uint8 tensor [N, 3, size, size]; row i of each is `names[i]`."
@@ -295,7 +299,7 @@ def read_pixels(
     "Decode and degrade faces once, kept as 8 bit: about 65 kB a face. Raises ValueError naming unreadable files."
     def one(name):
         try:
-            content = (images / name).read_bytes()
+            content = _content(images / name)
             levels = pyramid(hr_face(read_image(content)), kernel)
         except FileNotFoundError:
             return name, None, "is not there"
@@ -367,7 +371,7 @@ class FaceDataset(Dataset):
             heatmap = torch.where(mirrored, h.flip(-1), h)
         return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
 
-
+# %% ../nbs/01_faces.ipynb #d63c6730
 class EpochBatches(Sampler):
     """The batches of an epoch: every face once in a new order, mirrored or not by the toss of a coin; a last batch that would be smaller is left out.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'VARIANTS', 'CONTROLS', 'PUBLISHED', 'PRESETS', 'GRIDS', 'RUN_FILES', 'grid', 'Config', 'resolve',
-           'given_parameters', 'run_folder', 'run_state', 'CompleteRun', 'find_runs', 'trained_with',
-           'write_atomically', 'write_json', 'provenance']
+           'given_parameters', 'write_atomically', 'write_json', 'read_json', 'run_folder', 'run_state', 'CompleteRun',
+           'find_runs', 'trained_with', 'provenance']
 
 # %% ../nbs/08_study.ipynb #3a2ea222
 import difflib
@@ -155,7 +155,7 @@ class Config(BaseModel):
             raise ValueError(f"allowed are {', '.join(allowed)}")
         return value
 
-
+# %% ../nbs/08_study.ipynb #b7c43e19
 def _sentence(error: ValidationError) -> str:
     "The first thing that is wrong, in words."
     first = error.errors()[0]
@@ -191,69 +191,7 @@ def given_parameters(
     "The parameters of a notebook, those injected by papermill included."
     return {name: value for name, value in namespace.items() if name not in before | {"before", "parameters"} and not name.startswith("_")}
 
-# %% ../nbs/08_study.ipynb #5e4b5134
-RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
-
-
-def run_folder(
-    out: str | Path,  # the folder of all results
-    config: Config,
-) -> Path:
-    "results/<preset>/<variant>/seed<k>"
-    return Path(out) / config.preset / config.variant / f"seed{config.seed}"
-
-
-def run_state(
-    folder: Path,  # of one run
-) -> str:          # "absent", "resumable", "complete" or "published" (complete, made elsewhere)
-    "How far a run has come on this machine."
-    if (folder / "checkpoint" / "complete").exists() and (folder / "metrics.json").exists():
-        return "complete"
-    if any((folder / "checkpoint").glob("*.pt")):
-        return "resumable"
-    return "published" if (folder / "metrics.json").exists() else "absent"
-
-
-@dataclass(frozen=True)
-class CompleteRun:
-    "What the folder of a complete run says."
-    folder: Path
-    variant: str
-    seed: int
-    config: dict[str, Any]   # every parameter
-    faces: dict[str, Any]    # origin, counts and fingerprints
-    metrics: dict[str, Any]  # metrics.json
-    torch: str               # version of PyTorch
-    threads: int             # of the CPU
-
-    @property
-    def label(self) -> str:
-        return self.variant if self.seed == 0 else f"{self.variant} (seed {self.seed})"
-
-
-def find_runs(
-    out: str | Path,      # the folder of all results
-    preset: str,
-) -> list[CompleteRun]:   # in the order of VARIANTS, then by seed
-    "All complete runs under a preset. Raises FileNotFoundError when there is none."
-    runs = []
-    for path in Path(out, preset).glob("*/seed*/metrics.json"):
-        metrics, recorded = json.loads(path.read_text()), json.loads((path.parent / "config.json").read_text())
-        runs.append(CompleteRun(path.parent, metrics["variant"], metrics["seed"], recorded["config"], recorded["faces"], metrics, recorded["versions"]["torch"], recorded["threads"]))
-    if not runs:
-        raise FileNotFoundError(f"there is no complete run in {Path(out, preset)}; make study PRESET={preset} makes them")
-    order = [*VARIANTS, *CONTROLS]
-    return sorted(runs, key=lambda run: (order.index(run.variant) if run.variant in order else len(order), run.seed))
-
-
-def trained_with(runs: Sequence[CompleteRun]) -> dict[str, list[str]]:   # e.g. {"PyTorch 2.14.1, 1 thread": ["baseline", "deep"]}
-    "Runs by what they were trained with: another PyTorch or number of threads rounds sums in another order."
-    found = {}
-    for run in runs:
-        found.setdefault(f"PyTorch {run.torch}, {run.threads} thread{'s' * (run.threads > 1)}", []).append(run.label)
-    return found
-
-
+# %% ../nbs/08_study.ipynb #7ab91e54
 def write_atomically(
     path: Path,
     content: str | bytes,
@@ -276,6 +214,83 @@ def write_atomically(
 
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(
+    path: Path,
+    *names: str,          # what has to be in it
+) -> dict[str, Any]:
+    "A JSON file of a run. Raises ValueError, with what to do, when it is damaged."
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or (absent := [name for name in names if name not in content]):
+            raise ValueError(f"it has no {absent[0]!r}" if isinstance(content, dict) else "it holds no names")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it, or remove the folder {path.parent} to have the run made again") from error
+    return content
+
+# %% ../nbs/08_study.ipynb #5e4b5134
+RUN_FILES = ("config.json", "history.csv", "per_image.csv", "model.safetensors", "progress.png", "metrics.json")
+
+
+def run_folder(
+    out: str | Path,  # the folder of all results
+    config: Config,
+) -> Path:
+    "results/<preset>/<variant>/seed<k>"
+    return Path(out) / config.preset / config.variant / f"seed{config.seed}"
+
+
+def run_state(
+    folder: Path,  # of one run
+) -> str:          # "absent", "resumable", "complete" or "published" (complete, made elsewhere)
+    "How far a run has come on this machine."
+    if (folder / "checkpoint" / "complete").exists() and (folder / "metrics.json").exists():
+        return "complete"
+    if any((folder / "checkpoint").glob("*.pt")):
+        return "resumable"
+    return "published" if (folder / "metrics.json").exists() else "absent"
+
+# %% ../nbs/08_study.ipynb #41c8d7fb
+@dataclass(frozen=True)
+class CompleteRun:
+    "What the folder of a complete run says."
+    folder: Path
+    variant: str
+    seed: int
+    config: dict[str, Any]   # every parameter
+    faces: dict[str, Any]    # origin, counts and fingerprints
+    metrics: dict[str, Any]  # metrics.json
+    torch: str               # version of PyTorch
+    threads: int             # of the CPU
+
+    @property
+    def label(self) -> str:
+        return self.variant if self.seed == 0 else f"{self.variant} (seed {self.seed})"
+
+
+def find_runs(
+    out: str | Path,      # the folder of all results
+    preset: str,
+) -> list[CompleteRun]:   # in the order of VARIANTS, then by seed
+    "All complete runs under a preset. Raises FileNotFoundError when there is none, ValueError where one is damaged."
+    runs = []
+    for path in Path(out, preset).glob("*/seed*/metrics.json"):
+        metrics = read_json(path, "variant", "seed")
+        recorded = read_json(path.parent / "config.json", "config", "faces", "versions", "threads")
+        runs.append(CompleteRun(path.parent, metrics["variant"], metrics["seed"], recorded["config"], recorded["faces"], metrics, recorded["versions"]["torch"], recorded["threads"]))
+    if not runs:
+        raise FileNotFoundError(f"there is no complete run in {Path(out, preset)}; make study PRESET={preset} makes them")
+    order = [*VARIANTS, *CONTROLS]
+    return sorted(runs, key=lambda run: (order.index(run.variant) if run.variant in order else len(order), run.seed))
+
+
+def trained_with(runs: Sequence[CompleteRun]) -> dict[str, list[str]]:   # e.g. {"PyTorch 2.14.1, 1 thread": ["baseline", "deep"]}
+    "Runs by what they were trained with: another PyTorch or number of threads rounds sums in another order."
+    found = {}
+    for run in runs:
+        found.setdefault(f"PyTorch {run.torch}, {run.threads} thread{'s' * (run.threads > 1)}", []).append(run.label)
+    return found
 
 # %% ../nbs/08_study.ipynb #78ebb3e4
 _PACKAGES = ("facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ultralytics", "opencv-python", "h5py", "numpy", "pillow")

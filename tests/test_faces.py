@@ -1,4 +1,5 @@
 "Where faces come from: real CelebA, and folders that are not what they should be."
+import os
 import shutil
 
 import pytest
@@ -31,18 +32,44 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(facesr, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_photograph_is_named_and_may_be_left_out(facesr, tmp_path):
+@pytest.mark.parametrize("damage, reason", [
+    (lambda photograph: photograph.write_bytes(photograph.read_bytes()[:2000]), "image file is truncated"),
+    (lambda photograph: (photograph.unlink(), os.mkfifo(photograph)), "is no file but a folder, pipe, socket or device"),   # to open it would be to wait for ever
+])
+def test_a_photograph_that_cannot_be_read_is_named_and_may_be_left_out(facesr, tmp_path, damage, reason):
     data = tmp_path / "data"
     data.mkdir()
     for i in range(1, 61):
         shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", data)
     victim = find_faces(data).names("train")[0]
-    (data / victim).write_bytes((data / victim).read_bytes()[:2000])
+    damage(data / victim)
     command = ("train", "--preset", "smoke", "--data", data, "--out", tmp_path / "out", "--set", "epochs=1")
-    assert f"1 of 32 images cannot be read ({victim}: image file is truncated" in last_line(facesr(*command))
+    assert f"1 of 32 images cannot be read ({victim}: {reason}" in last_line(facesr(*command))
     result = facesr(*command, "--set", "skip_unreadable=true")
     assert result.returncode == 0, result.stderr
     assert f"left out 1 unreadable images: {victim}" in result.stdout
+
+
+@pytest.mark.parametrize("identities, sentence", [
+    ("000001.jpg 1\n000002.jpg 2 0.9\n", "identity_CelebA.txt, line 2: found '000002.jpg 2 0.9'"),
+    ("000001.jpg 99999999999999999999\n", "identity_CelebA.txt, line 1"),
+    ("someone.jpg 1\n", "identity_CelebA.txt names none of the 12 images, but for example someone.jpg"),
+    ("", "identity_CelebA.txt names no image"),
+])
+def test_a_table_of_people_that_is_none_is_refused(tmp_path, identities, sentence):
+    for i in range(1, 13):
+        shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", tmp_path)
+    (tmp_path / "identity_CelebA.txt").write_text(identities)
+    with pytest.raises(ValueError, match=sentence):
+        find_faces(tmp_path)
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path):
+    for i in range(1, 13):
+        shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", tmp_path)
+    odd = os.fsencode(tmp_path) + b"/\xff" + "\U0001f600.jpg".encode()
+    with open(odd, "wb"), pytest.raises(ValueError, match="is not UTF-8, in which results are written; rename the file"):
+        find_faces(tmp_path)
 
 
 def test_celeba_as_it_is(celeba):

@@ -29,6 +29,36 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert "heatmap (seed 3) failed: out of luck" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("controls, trained", [("1", True), ("yes", True), ("true", True), ("0", False), ("no", False), ("", False)])
+def test_make_trains_the_controls_where_it_is_told_to(controls, trained):
+    told = subprocess.run(["make", "--dry-run", "study", f"CONTROLS={controls}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and ("--controls" in told.stdout) == trained
+
+
+def test_make_refuses_what_is_neither_yes_nor_no():
+    told = subprocess.run(["make", "--dry-run", "study", "CONTROLS=maybe"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 2 and "CONTROLS is 'maybe'; allowed are 1, yes, true" in told.stderr and not told.stdout
+
+
+def test_a_run_that_dask_gives_up_is_named(monkeypatch, capsys):
+    distributed = pytest.importorskip("dask.distributed")
+
+    class GivenUp(distributed.Client):
+        def submit(self, run, variant, **options):
+            future = super().submit(run, variant, **options)
+            if variant == "heatmap":
+                future.cancel()
+            return future
+
+    monkeypatch.setattr(distributed, "Client", GivenUp)
+    monkeypatch.setattr(cli, "run_notebook", len)   # a run that is over at once
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+        failed = cli.run_all({"baseline (seed 0)": ("baseline",), "heatmap (seed 0)": ("heatmap",)}, scheduler=cluster.scheduler_address)
+    assert failed == {"heatmap (seed 0)": "Dask says it is cancelled; start again"}
+    said = capsys.readouterr()
+    assert said.out == "baseline (seed 0) done\n" and said.err.startswith("heatmap (seed 0) failed: ")
+
+
 def test_a_scheduler_that_is_not_there_is_named(facesr, tmp_path):
     done = facesr("study", "--preset", "smoke", "--scheduler", "tcp://127.0.0.1:9", "--out", tmp_path)
     assert done.returncode == 1 and "tcp://127.0.0.1:9" in done.stderr.strip().splitlines()[-1]

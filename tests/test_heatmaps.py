@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from facesr.detection import Detections
 from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
-from facesr.heatmaps import HeatmapStore, Part, Recipe, export_published, import_published, make_heatmaps
+from facesr.heatmaps import HeatmapStore, Part, Recipe, coverage_figure, export_published, import_published, make_heatmaps
+from facesr.losses import attention_weights
 
 FACES = find_faces(BUNDLED)
 NAMES = FACES.names("train", 40)
@@ -72,7 +73,7 @@ def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatc
         kills += 1
     said = []
     make_heatmaps(broken, FACES.images, NAMES, FixedBoxes(), RECIPE, report=said.append)
-    assert sum("were done before" in line for line in said) >= 3
+    assert said[0] in [f"heatmaps: {done} of 40 faces were done before" for done in (24, 32)]
     assert content(whole) == content(broken)
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["broken.h5", "whole.h5"]
 
@@ -92,6 +93,56 @@ def test_unfinished_work_of_another_recipe_is_refused(tmp_path, monkeypatch):
     assert len(make(path)) == 40
 
 
+class Stopped(Exception):
+    pass
+
+
+class Counted(FixedBoxes):
+    "Counts the faces that it sees, and stops the work after so many."
+    def __init__(self, stop_after=1_000):
+        self.seen, self.stop_after = 0, stop_after
+
+    def __call__(self, images):
+        if self.seen + len(images) > self.stop_after:
+            raise Stopped
+        self.seen += len(images)
+        return super().__call__(images)
+
+
+def test_a_smaller_run_takes_nothing_from_an_interrupted_larger_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    path = tmp_path / "store.h5"
+    with pytest.raises(Stopped):
+        make(path, detector=Counted(stop_after=16))
+    assert make(path, NAMES[:3] + NAMES[30:32], detector=(smaller := Counted())).names == NAMES[:16] + NAMES[30:32]
+    assert make(path, detector=(larger := Counted())).names == NAMES[:16] + NAMES[30:32] + NAMES[16:30] + NAMES[32:]
+    assert (smaller.seen, larger.seen) == (2, 22)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["store.h5"]
+
+
+def test_killed_between_gathering_and_tidying_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    path = tmp_path / "store.h5"
+    with monkeypatch.context() as killed, pytest.raises(Stopped):
+        killed.setattr("facesr.heatmaps.shutil.rmtree", lambda shards: (_ for _ in ()).throw(Stopped))
+        make(path, NAMES[:20])
+    before = content(path)
+    assert len(list((tmp_path / "store.h5.parts").iterdir())) == 3
+    store = make(path, NAMES[:20], detector=(idle := Counted()))
+    assert (store.names, idle.seen, content(path)) == (NAMES[:20], 0, before)
+    assert not (tmp_path / "store.h5.parts").exists()
+
+
+def test_what_was_done_before_is_counted_of_the_faces_that_are_asked_for(tmp_path):
+    path, said = tmp_path / "store.h5", []
+    make(path, NAMES[:30])
+    asked = (path, FACES.images, NAMES[25:35], FixedBoxes(), RECIPE)
+    make_heatmaps(*asked, report=said.append)
+    assert said[0] == "heatmaps: 5 of 10 faces were done before" and said[1].startswith("heatmaps: 5 faces, ")
+    make_heatmaps(*asked, report=said.append)
+    assert len(said) == 2
+
+
 def test_adding_faces_keeps_those_that_are_there(tmp_path):
     path = tmp_path / "store.h5"
     make(path, NAMES[:10])
@@ -107,6 +158,10 @@ def test_adding_faces_keeps_those_that_are_there(tmp_path):
     ("duplicate", "holds 000001.jpg more than once"),
     ("size", "40 names and heatmaps of shape \\(40, 64, 128\\)"),
     ("rows", "39 names and heatmaps of shape \\(40, 128, 128\\)"),
+    ("group", "cannot be read as HDF5"),
+    ("numbers", "cannot be read as HDF5"),
+    ("settings", "cannot be read as HDF5"),
+    ("no counts", "store.h5 has no counts; it is incomplete"),
     ("no names", "it looks like a published file"),
     ("schema", "is no heatmap store"),
 ])
@@ -126,6 +181,16 @@ def test_a_damaged_store_is_refused_when_it_is_opened(tmp_path, damage, sentence
                 file["heatmaps"] = np.zeros((40, 64, 128), np.float16)
             elif damage == "rows":
                 file["names"].resize(39, axis=0)
+            elif damage == "group":
+                del file["heatmaps"]
+                file.create_group("heatmaps")
+            elif damage == "numbers":
+                del file["names"]
+                file["names"] = np.arange(40)
+            elif damage == "settings":
+                file.attrs["settings"] = "{"
+            elif damage == "no counts":
+                del file["counts"]
             elif damage == "no names":
                 del file["names"], file.attrs["schema"]
             else:
@@ -261,18 +326,18 @@ def test_published_layout_over_http_and_from_a_file(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/published.h5"
-        fetched = import_published(url, tmp_path / "fetched.h5", sorted(NAMES), report=lambda line: None)
+        fetched = import_published(url, tmp_path / "fetched.h5", NAMES, report=lambda line: None)
         with pytest.raises(OSError, match="absent.h5 cannot be fetched"):
-            import_published(url.replace("published", "absent"), tmp_path / "absent.h5", sorted(NAMES))
+            import_published(url.replace("published", "absent"), tmp_path / "absent.h5", NAMES)
     finally:
         server.shutdown()
-    local = import_published(str(tmp_path / "served" / "published.h5"), tmp_path / "local.h5", sorted(NAMES))
+    local = import_published(str(tmp_path / "served" / "published.h5"), tmp_path / "local.h5", NAMES)
     assert torch.equal(fetched.maps(NAMES), store.maps(NAMES)) and torch.equal(local.maps(NAMES), store.maps(NAMES))
     assert fetched.fingerprint == local.fingerprint != store.fingerprint
     assert not list(tmp_path.glob("*.download")) and not (tmp_path / "absent.h5").exists()
 
 
-@pytest.mark.parametrize("published", ["nan", "shape", "integers", "group", "text"])
+@pytest.mark.parametrize("published", ["nan", "shape", "integers", "group", "empty", "nothing", "text"])
 def test_what_is_no_published_file_is_not_imported(tmp_path, published):
     path = tmp_path / "published.h5"
     with h5py.File(path, "w") as file:
@@ -282,13 +347,50 @@ def test_what_is_no_published_file_is_not_imported(tmp_path, published):
         if published == "group":
             file.create_group("heatmaps")
         else:
-            file["heatmaps"] = maps[:, :64] if published == "shape" else maps.astype(np.int32) if published == "integers" else maps
+            file["heatmaps"] = h5py.Empty("f") if published == "nothing" else maps[:0] if published == "empty" else maps[:, :64] if published == "shape" else maps.astype(np.int32) if published == "integers" else maps
     if published == "text":
         path.write_text("no HDF5")
     sentence = {"nan": "for 000003.jpg", "text": "cannot be read as HDF5"}.get(published, "it has to hold one dataset 'heatmaps'")
     with pytest.raises(ValueError, match=sentence):
-        import_published(str(path), tmp_path / "store.h5", NAMES)
+        import_published(str(path), tmp_path / "store.h5", [] if published == "empty" else NAMES[:4])
     assert not (tmp_path / "store.h5").exists() and not (tmp_path / "store.h5.part").exists()
+
+
+def test_rows_go_to_celebas_first_training_images_only_where_there_are_as_many_as_were_published(tmp_path, monkeypatch):
+    path = tmp_path / "published.h5"
+    with h5py.File(path, "w") as file:
+        file["heatmaps"] = np.linspace(0, 1, 4)[:, None, None] * np.tri(128, dtype=np.float16)
+    with pytest.raises(ValueError, match="published.h5 holds 4 maps, and a published file 10,000, 30,000 or 50,000: whose these are is not known"):
+        import_published(str(path), tmp_path / "store.h5")
+    assert not (tmp_path / "store.h5").exists()
+    monkeypatch.setattr("facesr.heatmaps.PUBLISHED_ROWS", (2, 4))
+    store = import_published(str(path), tmp_path / "store.h5")
+    assert store.names == ["000001.jpg", "000002.jpg", "000003.jpg", "000004.jpg"]
+    assert store.maps(["000004.jpg"]).max() == 1 and store.maps(["000001.jpg"]).max() == 0
+
+
+def test_flat_imported_maps_count_as_without_detections(tmp_path):
+    maps = np.zeros((4, 128, 128), np.float16)
+    maps[1], maps[2, 5, 5], maps[3] = 0.5, 0.25, np.tri(128)
+    with h5py.File(tmp_path / "published.h5", "w") as file:
+        file["heatmaps"] = maps
+    store = import_published(str(tmp_path / "published.h5"), tmp_path / "store.h5", NAMES[:4])
+    assert store.empty == NAMES[:2]
+    assert (attention_weights(store.maps(NAMES[:4])) == 1).all((1, 2, 3)).tolist() == [True, True, False, False]
+    assert "4 faces, 2 without any detection" in [ax.get_title() for ax in coverage_figure(store).axes]
+
+
+def test_maps_that_were_exported_come_back_under_their_names(facesr, tmp_path):
+    store = make(tmp_path / "store.h5", NAMES[20:32])
+    assert facesr("heatmaps", "export", tmp_path / "store.h5", tmp_path / "moved.h5").returncode == 0
+    back = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "back.h5")
+    assert back.returncode == 0 and "rows: 000021.jpg to 000032.jpg, named by" in back.stdout, back.stderr
+    assert torch.equal(HeatmapStore(tmp_path / "back.h5").maps(NAMES[20:32]), store.maps(NAMES[20:32]))
+    (tmp_path / "moved.h5.names.txt").rename(tmp_path / "mine.txt")
+    refused = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "nameless.h5")
+    assert refused.returncode == 1 and "whose these are is not known" in refused.stderr.splitlines()[-1] and not (tmp_path / "nameless.h5").exists()
+    named = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "named.h5", "--names", tmp_path / "mine.txt")
+    assert named.returncode == 0 and HeatmapStore(tmp_path / "named.h5").names == NAMES[20:32]
 
 
 def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, facesr):

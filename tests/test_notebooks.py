@@ -71,7 +71,6 @@ def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, mo
     run = tmp_path / "smoke" / "deep" / "seed0"
     before = {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()}
     monkeypatch.setattr("facesr.training.is_complete", lambda *a: False)   # in this process, not in that of the notebook
-    monkeypatch.delenv("FACESR_CELEBA", raising=False)   # run_notebook takes it away; later tests want it
     cli.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
     assert capsys.readouterr().out.endswith(f"{run} is complete\n")
     assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before

@@ -2,12 +2,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 FACESR = str(Path(sys.executable).with_name("facesr"))   # the command of this environment
 BUNDLED = ROOT / "facesr" / "assets" / "faces"
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    "Whatever a test, or the library in its process, does to the environment ends with the test."
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

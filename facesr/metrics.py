@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WANG_BETAS', 'NORMALISED_BETAS', 'PARTS', 'USUAL_FACE', 'DLIB_MODELS', 'METRICS', 'psnr', 'ssim', 'ms_ssim', 'luma',
-           'consistency', 'box_psnr', 'FaceIdentity', 'Metric', 'Evaluator', 'evaluate', 'evaluate_files',
-           'bootstrap_means', 'summarise']
+           'consistency', 'part_boxes', 'inside', 'box_psnr', 'FaceIdentity', 'Metric', 'Evaluator', 'evaluate',
+           'evaluate_files', 'bootstrap_means', 'summarise']
 
 # %% ../nbs/07_metrics.ipynb #698e8069
 import hashlib
@@ -26,7 +26,7 @@ from torchmetrics.functional.image import (
 from tqdm import tqdm
 
 from .degradation import HR_SIZE, LR_SIZE, degrade, hr_face, to_float, to_uint8
-from .detection import bundled_detector
+from .detection import Detections, bundled_detector
 from .faces import image_files, read_image
 from .perceptual import LPIPS
 
@@ -106,19 +106,36 @@ def consistency(
 PARTS = {"eye": 2, "nose": 1, "mouth": 1}   # measured parts, and how many of each a face has: the most confident boxes count
 
 
+def part_boxes(
+    detections: Sequence[Detections],  # of each image
+    part: str,                         # a name in `PARTS`
+) -> list[np.ndarray]:                 # for each image [K, 4]: left, top, right, bottom in pixels
+    "The most confident boxes of a part, at most so many as a face has."
+    return [found.boxes[[name == part for name in found.classes]][: PARTS[part]] for found in detections]
+
+
+def inside(
+    boxes: Sequence[np.ndarray],  # for each image [K, 4]: left, top, right, bottom in pixels
+    size: int = HR_SIZE,          # pixels a side of the image
+) -> Tensor:                      # [B, size, size], bool
+    "Which pixels have their centre in any of the boxes."
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.bool)
+    for mask, image_boxes in zip(masks, boxes):
+        for left, top, right, bottom in np.round(image_boxes).astype(int).clip(0):
+            mask[top:bottom, left:right] = True
+    return masks
+
+
 def box_psnr(
-    sr: Tensor,                   # [B, C, H, W] in [0, 255]
+    sr: Tensor,                   # [B, C, size, size] in [0, 255]
     hr: Tensor,                   # same shape and range as sr
     boxes: Sequence[np.ndarray],  # for each image [K, 4]: left, top, right, bottom in pixels
 ) -> Tensor:                      # [B] in dB, inf where the pixels are equal, NaN where there is no box
     "PSNR of each image over the pixels whose centre lies in any of its boxes."
     _check_same_shape(sr, hr)
     error = (sr.float() - hr.float()).square().mean(1)
-    inside = torch.zeros_like(error, dtype=torch.bool)
-    for mask, image_boxes in zip(inside, boxes):
-        for left, top, right, bottom in np.round(image_boxes).astype(int).clip(0):
-            mask[top:bottom, left:right] = True
-    mse = (error * inside).sum((1, 2)) / inside.sum((1, 2))
+    counted = inside(boxes, sr.shape[-1]).to(error.device)
+    mse = (error * counted).sum((1, 2)) / counted.sum((1, 2))
     return 10 * torch.log10(255**2 / mse)
 
 # %% ../nbs/07_metrics.ipynb #4dde0cfa
@@ -267,9 +284,7 @@ class Evaluator:
                 found[f"lpips_{net}"] = distance(*(to_float(x).contiguous(memory_format=torch.channels_last) for x in (sr8, hr)))
         if self.detector is not None:
             detections = self.detector(hr)
-            for part, count in PARTS.items():
-                boxes = [d.boxes[[name == part for name in d.classes]][:count] for d in detections]
-                found[f"psnr_{part}"] = box_psnr(sr8, hr, boxes)
+            found |= {f"psnr_{part}": box_psnr(sr8, hr, part_boxes(detections, part)) for part in PARTS}
         if "secondary" in self.groups:
             y_sr, y_hr = luma(sr8), luma(hr)
             found |= {"psnr_y": psnr(y_sr, y_hr), "ssim_y": ssim(y_sr, y_hr), "consistency": consistency(sr8, lr, self.kernel)}

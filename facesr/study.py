@@ -61,17 +61,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "train_faces": 1_000, "val_faces": 50, "test_faces": 100,
-        "epochs": 9, "batch_size": 8, "width": 64, "blocks": 2,
+        "epochs": 9, "batch_size": 8, "width": 48, "blocks": 2,
     },
     "celeba-cpu": {
         "needs_celeba": True,
         "train_faces": 12_500, "val_faces": 500, "test_faces": 2_500,
-        "epochs": 20, "mixed_precision": "bf16",
+        "epochs": 24, "mixed_precision": "bf16",
     },
     "seeds": {
         "needs_celeba": True,
         "train_faces": 3_000, "val_faces": 100, "test_faces": 1_000,
-        "epochs": 7, "mixed_precision": "bf16",
+        "epochs": 7, "conv": "separable", "mixed_precision": "bf16",
     },
     "paper": {
         "needs_celeba": True,
@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 GRIDS: dict[str, tuple[tuple[str, ...], int]] = {   # preset -> variants and controls, seeds
     "celeba-cpu": ((*VARIANTS, "uniform"), 1),
     "paper": ((*VARIANTS, "uniform"), 1),
-    "seeds": (("baseline", "uniform", "mean", "heatmap", "multiscale", "deep"), 6),
+    "seeds": (("baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"), 6),
 }
 
 
@@ -114,7 +114,7 @@ class Config(BaseModel):
     degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in KERNELS")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network
-    conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
+    conv: str = Field("inverted", description="kind of convolutions, a name in CONVS")
     width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16; None: the default of conv")
     blocks: int | None = Field(None, ge=1, le=32, description="residual blocks; None: the default of conv")
     # objective

@@ -50,6 +50,8 @@ def test_every_number_of_the_card_is_measured(name):
     columns = SUMMARY["attributes"]
     for label, count, *values in zip(columns["slice"], columns["faces"], columns["PSNR, bicubic"], *(columns[f"PSNR, {chosen}"] for chosen in SUMMARY["chosen"])):
         assert f"| {label} | {count:,} | {' | '.join(f'{value:.2f}' for value in values)} |" in card
+    for found in SUMMARY["likeness"].values():
+        assert f"{found['median']:.3f}" in card
     assert "not evidence of who someone is" in card
 
 

@@ -77,7 +77,7 @@ def write_report(
     "The report without its code, as one HTML page."
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
+    body, _ = HTMLExporter(exclude_raw=True, exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(executed))
     write_atomically(html, body)
 
 # %% ../nbs/13_cli.ipynb #aa3d68dc

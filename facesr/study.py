@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "train_faces": 1_000, "val_faces": 50, "test_faces": 100,
-        "epochs": 9, "batch_size": 8, "width": 48, "blocks": 2,
+        "epochs": 9, "batch_size": 8, "conv": "separable", "width": 64, "blocks": 2,
     },
     "celeba-cpu": {
         "needs_celeba": True,

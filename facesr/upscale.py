@@ -49,7 +49,7 @@ def face_crop(
 
 # %% ../nbs/12_upscale.ipynb #83b0f08a
 WEIGHTS = Path(str(files("facesr"))) / "assets" / "weights"
-DEFAULT_WEIGHTS = "heatmap"
+DEFAULT_WEIGHTS = "deep"
 
 
 def pretrained() -> list[str]:

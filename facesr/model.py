@@ -96,7 +96,7 @@ def shuffle_up(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
 class SeparableMerge(nn.Module):
     "PixelShuffle x2, concatenation with the skip, 1x1 back to its width, residual blocks."
 
-    def __init__(self, inputs: int, skip: int, residuals: Callable[[int], list[nn.Module]]):
+    def __init__(self, inputs: int, skip: int, residuals: Callable[[int], list[nn.Module]]):   # called below, after `up`: this order decides which first weights a seed gives
         super().__init__()
         self.up = shuffle_up(inputs, skip)
         self.body = nn.Sequential(nn.Conv2d(2 * skip, skip, 1), *residuals(skip))

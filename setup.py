@@ -1,4 +1,5 @@
 "The package, read from settings.ini: the one source of version, requirements and scripts."
+
 import shlex
 from configparser import ConfigParser
 from pathlib import Path

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 # %% ../nbs/00_degradation.ipynb #9f29f43e
-HR_SIZE, LR_SIZE = 128, 16          # pixels a side: the target and the input of the study
-PYRAMID_SIZES = (128, 64, 32, 16)   # the target, the two intermediate targets, the input
+HR_SIZE, LR_SIZE = 128, 16         # pixels a side: the target and the input of the study
+PYRAMID_SIZES = (128, 64, 32, 16)  # the target, the two intermediate targets, the input
 
 
 def hr_face(
@@ -37,9 +37,9 @@ _DIRECT = {"bicubic": Image.Resampling.BICUBIC, "area": Image.Resampling.BOX}
 
 
 def pyramid(
-    hr: Image.Image,                  # 128x128 RGB
-    kernel: str = "bilinear-cascade", # a name in `KERNELS`
-) -> dict[int, Image.Image]:          # {128: hr, 64: ..., 32: ..., 16: lr}, 8-bit RGB
+    hr: Image.Image,                   # 128x128 RGB
+    kernel: str = "bilinear-cascade",  # a name in `KERNELS`
+) -> dict[int, Image.Image]:           # {128: hr, 64: ..., 32: ..., 16: lr}, 8-bit RGB
     "The face at every size of the study, by size. Raises ValueError for another size or an unknown kernel."
     if kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}; allowed are {', '.join(KERNELS)}")
@@ -55,9 +55,9 @@ def pyramid(
 
 
 def degrade(
-    hr: Image.Image,                  # 128x128 RGB
-    kernel: str = "bilinear-cascade", # a name in `KERNELS`
-) -> Image.Image:                     # 16x16 RGB
+    hr: Image.Image,                   # 128x128 RGB
+    kernel: str = "bilinear-cascade",  # a name in `KERNELS`
+) -> Image.Image:                      # 16x16 RGB
     "The network's input: the smallest level of the `pyramid`."
     return pyramid(hr, kernel)[LR_SIZE]
 

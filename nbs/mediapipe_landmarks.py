@@ -9,6 +9,7 @@ NAMES.txt holds a file name a line; without it every .jpg of the folder is read.
 face is found: centres of the eyes (left: smaller x in the picture), tip of the nose, middle of the mouth, and the box of all 468
 points, in pixels of the picture (centre of the first pixel: 0, 0).
 """
+
 import csv
 import sys
 from pathlib import Path
@@ -17,11 +18,20 @@ import mediapipe as mp
 import numpy as np
 from PIL import Image
 
-EYES = ([33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246],
-        [263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466])
+EYES = (
+    [33, 7, 163, 144, 145, 153, 154, 155, 133, 173, 157, 158, 159, 160, 161, 246],
+    [263, 249, 390, 373, 374, 380, 381, 382, 362, 398, 384, 385, 386, 387, 388, 466],
+)
 NOSE_TIP, MOUTH = 1, [61, 291, 0, 17]
-COLUMNS = ["name", *(f"{part}_{axis}" for part in ("left_eye", "right_eye", "nose", "mouth") for axis in "xy"), "face_left", "face_top", "face_right", "face_bottom"]
-TRIES = ((3, 0.5), (2, 0.3), (5, 0.3), (1, 0.2))   # enlargement, least confidence
+COLUMNS = [
+    "name",
+    *(f"{part}_{axis}" for part in ("left_eye", "right_eye", "nose", "mouth") for axis in "xy"),
+    "face_left",
+    "face_top",
+    "face_right",
+    "face_bottom",
+]
+TRIES = ((3, 0.5), (2, 0.3), (5, 0.3), (1, 0.2))  # enlargement, least confidence
 
 
 def find_points(image: Image.Image, meshes: dict) -> np.ndarray | None:
@@ -34,7 +44,12 @@ def find_points(image: Image.Image, meshes: dict) -> np.ndarray | None:
 
 
 def main(folder: Path, out: Path, names: list[str]) -> None:
-    meshes = {c: mp.solutions.face_mesh.FaceMesh(static_image_mode=True, max_num_faces=1, refine_landmarks=False, min_detection_confidence=c) for c in {c for _, c in TRIES}}
+    meshes = {
+        c: mp.solutions.face_mesh.FaceMesh(
+            static_image_mode=True, max_num_faces=1, refine_landmarks=False, min_detection_confidence=c
+        )
+        for c in {c for _, c in TRIES}
+    }
     rows = []
     for name in names:
         points = find_points(Image.open(folder / name).convert("RGB"), meshes)
@@ -49,4 +64,8 @@ def main(folder: Path, out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    main(folder, out, Path(sys.argv[3]).read_text().split() if len(sys.argv) > 3 else sorted(p.name for p in folder.glob("*.jpg")))
+    main(
+        folder,
+        out,
+        Path(sys.argv[3]).read_text().split() if len(sys.argv) > 3 else sorted(p.name for p in folder.glob("*.jpg")),
+    )

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FACESR = str(Path(sys.executable).with_name("facesr"))   # the command of this environment
+FACESR = str(Path(sys.executable).with_name("facesr"))  # the command of this environment
 BUNDLED = ROOT / "facesr" / "assets" / "faces"
 
 
@@ -33,7 +33,15 @@ def facesr():
 
     def run(*arguments, **options):
         command = [FACESR, *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, env=environment | options.pop("env", {}), capture_output=True, text=True, timeout=900, **options)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment | options.pop("env", {}),
+            capture_output=True,
+            text=True,
+            timeout=900,
+            **options,
+        )
 
     run.environment = environment
     return run

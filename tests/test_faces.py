@@ -1,11 +1,12 @@
 "Where faces come from: real CelebA, and folders that are not what they should be."
+
 import os
 import shutil
 
 import pytest
 from conftest import BUNDLED
 
-from facesr.faces import SPLITS, find_faces, read_pixels
+from facesr.faces import find_faces, read_pixels, SPLITS
 
 
 def last_line(result):
@@ -14,15 +15,39 @@ def last_line(result):
     return result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("prepare, sentence", [
-    (lambda folder: None, "no images in"),
-    (lambda folder: (folder / "notes.txt").write_text("no face here"), "no images in"),
-    (lambda folder: [(folder / f"{i}.jpg").write_bytes(b"not a jpeg") for i in range(20)], "images cannot be read"),
-    (lambda folder: [shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", folder) for i in range(1, 4)], "found 3 images; a folder without a partition file needs at least 10"),
-    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000001.jpg;0\n")), "list_eval_partition.csv, line 1"),
-    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000009.jpg,0\n")), "none of the 1 images"),
-    (lambda folder: (shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder), (folder / "list_eval_partition.csv").write_text("000001.jpg,0\n")), "there are no val faces"),
-])
+@pytest.mark.parametrize(
+    "prepare, sentence",
+    [
+        (lambda folder: None, "no images in"),
+        (lambda folder: (folder / "notes.txt").write_text("no face here"), "no images in"),
+        (lambda folder: [(folder / f"{i}.jpg").write_bytes(b"not a jpeg") for i in range(20)], "images cannot be read"),
+        (
+            lambda folder: [shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", folder) for i in range(1, 4)],
+            "found 3 images; a folder without a partition file needs at least 10",
+        ),
+        (
+            lambda folder: (
+                shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder),
+                (folder / "list_eval_partition.csv").write_text("000001.jpg;0\n"),
+            ),
+            "list_eval_partition.csv, line 1",
+        ),
+        (
+            lambda folder: (
+                shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder),
+                (folder / "list_eval_partition.csv").write_text("000009.jpg,0\n"),
+            ),
+            "none of the 1 images",
+        ),
+        (
+            lambda folder: (
+                shutil.copy(BUNDLED / "img_align_celeba" / "000001.jpg", folder),
+                (folder / "list_eval_partition.csv").write_text("000001.jpg,0\n"),
+            ),
+            "there are no val faces",
+        ),
+    ],
+)
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(facesr, tmp_path, prepare, sentence):
     data = tmp_path / "data"
     data.mkdir()
@@ -32,10 +57,16 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(facesr, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda photograph: photograph.write_bytes(photograph.read_bytes()[:2000]), "image file is truncated"),
-    (lambda photograph: (photograph.unlink(), os.mkfifo(photograph)), "is no file but a folder, pipe, socket or device"),   # to open it would be to wait for ever
-])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda photograph: photograph.write_bytes(photograph.read_bytes()[:2000]), "image file is truncated"),
+        (
+            lambda photograph: (photograph.unlink(), os.mkfifo(photograph)),
+            "is no file but a folder, pipe, socket or device",
+        ),  # to open it would be to wait for ever
+    ],
+)
 def test_a_photograph_that_cannot_be_read_is_named_and_may_be_left_out(facesr, tmp_path, damage, reason):
     data = tmp_path / "data"
     data.mkdir()
@@ -50,12 +81,15 @@ def test_a_photograph_that_cannot_be_read_is_named_and_may_be_left_out(facesr, t
     assert f"left out 1 unreadable images: {victim}" in result.stdout
 
 
-@pytest.mark.parametrize("identities, sentence", [
-    ("000001.jpg 1\n000002.jpg 2 0.9\n", "identity_CelebA.txt, line 2: found '000002.jpg 2 0.9'"),
-    ("000001.jpg 99999999999999999999\n", "identity_CelebA.txt, line 1"),
-    ("someone.jpg 1\n", "identity_CelebA.txt names none of the 12 images, but for example someone.jpg"),
-    ("", "identity_CelebA.txt names no image"),
-])
+@pytest.mark.parametrize(
+    "identities, sentence",
+    [
+        ("000001.jpg 1\n000002.jpg 2 0.9\n", "identity_CelebA.txt, line 2: found '000002.jpg 2 0.9'"),
+        ("000001.jpg 99999999999999999999\n", "identity_CelebA.txt, line 1"),
+        ("someone.jpg 1\n", "identity_CelebA.txt names none of the 12 images, but for example someone.jpg"),
+        ("", "identity_CelebA.txt names no image"),
+    ],
+)
 def test_a_table_of_people_that_is_none_is_refused(tmp_path, identities, sentence):
     for i in range(1, 13):
         shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", tmp_path)
@@ -68,7 +102,10 @@ def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path):
     for i in range(1, 13):
         shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", tmp_path)
     odd = os.fsencode(tmp_path) + b"/\xff" + "\U0001f600.jpg".encode()
-    with open(odd, "wb"), pytest.raises(ValueError, match="is not UTF-8, in which results are written; rename the file"):
+    with (
+        open(odd, "wb"),
+        pytest.raises(ValueError, match="is not UTF-8, in which results are written; rename the file"),
+    ):
         find_faces(tmp_path)
 
 
@@ -77,8 +114,8 @@ def test_celeba_as_it_is(celeba):
     assert faces.origin == "CelebA layout"
     names = {split: faces.names(split) for split in SPLITS}
     assert all(names.values()) and not set(names["train"]) & set(names["test"])
-    assert "image_id" not in faces.table["name"].values                  # Kaggle's header is no face
-    people = {split: set(faces.identities(names[split])) for split in SPLITS}
+    assert "image_id" not in faces.table["name"].values  # Kaggle's header is no face
+    people = {split: set(faces.people(names[split])) for split in SPLITS}
     assert not people["train"] & people["test"] and -1 not in people["test"]
     assert faces.attributes is None or "Eyeglasses" in faces.attributes
     pixels = read_pixels(faces.images, faces.names("test", 50))
@@ -87,6 +124,7 @@ def test_celeba_as_it_is(celeba):
 
 def test_both_partition_files_of_celeba_say_the_same(celeba):
     from facesr.faces import read_partition
+
     files = [celeba / f"list_eval_partition.{suffix}" for suffix in ("csv", "txt")]
     if not all(file.exists() for file in files):
         pytest.skip("this copy of CelebA has only one partition file")
@@ -96,10 +134,16 @@ def test_both_partition_files_of_celeba_say_the_same(celeba):
 def test_bicubic_on_celeba_is_where_the_literature_has_it(celeba):
     "Bilinear and bicubic x8 up-sampling of validation faces: about 20.7 and 21.5 dB."
     from facesr.degradation import interpolate
-    from facesr.metrics import Evaluator, evaluate
-    from facesr.training import predict
+    from facesr.metrics import evaluate, predict
+    from facesr.metrics import Evaluator
+
     faces = find_faces(celeba)
     pixels = read_pixels(faces.images, faces.names("val", 400))
-    score = {m: evaluate(predict(lambda lr: interpolate(lr, m), pixels), Evaluator(lpips=(), groups=("primary",)))["psnr"].mean() for m in ("bilinear", "bicubic")}
+    score = {
+        m: evaluate(predict(lambda lr: interpolate(lr, m), pixels), Evaluator(lpips=(), groups=("primary",)))[
+            "psnr"
+        ].mean()
+        for m in ("bilinear", "bicubic")
+    }
     assert score["bilinear"] == pytest.approx(20.75, abs=0.2)
     assert score["bicubic"] == pytest.approx(21.53, abs=0.2)

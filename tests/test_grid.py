@@ -1,4 +1,5 @@
 "Grids of runs: controls and seeds, failures among them, and workers that die."
+
 import json
 import os
 import signal
@@ -24,20 +25,40 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "execute", lambda *a: None)
     monkeypatch.setattr(cli, "write_report", lambda *a: None)
     with pytest.raises(RuntimeError, match="1 of 8 runs failed: heatmap \\(seed 3\\): out of luck"):
-        cli.study(preset="smoke", seed=3, seeds=1, controls=True, data=None, out=tmp_path, workers=1, scheduler="", notebooks=ROOT / "nbs")
+        cli.study(
+            preset="smoke",
+            seed=3,
+            seeds=1,
+            controls=True,
+            data=None,
+            out=tmp_path,
+            workers=1,
+            scheduler="",
+            notebooks=ROOT / "nbs",
+        )
     assert made == ["baseline", "multiscale", "deep", "uniform", "edges", "shuffled", "mean"]
     assert "heatmap (seed 3) failed: out of luck" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("controls, trained", [("1", True), ("yes", True), ("true", True), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize(
+    "controls, trained", [("1", True), ("yes", True), ("true", True), ("0", False), ("no", False), ("", False)]
+)
 def test_make_trains_the_controls_where_it_is_told_to(controls, trained):
-    told = subprocess.run(["make", "--dry-run", "study", f"CONTROLS={controls}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = subprocess.run(
+        ["make", "--dry-run", "study", f"CONTROLS={controls}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert told.returncode == 0 and ("--controls" in told.stdout) == trained
 
 
 def test_make_refuses_what_is_neither_yes_nor_no():
-    told = subprocess.run(["make", "--dry-run", "study", "CONTROLS=maybe"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert told.returncode == 2 and "CONTROLS is 'maybe'; allowed are 1, yes, true" in told.stderr and "--preset" not in told.stdout
+    told = subprocess.run(
+        ["make", "--dry-run", "study", "CONTROLS=maybe"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        told.returncode == 2
+        and "CONTROLS is 'maybe'; allowed are 1, yes, true" in told.stderr
+        and "--preset" not in told.stdout
+    )
 
 
 def test_a_run_that_dask_gives_up_is_named(monkeypatch, capsys):
@@ -51,9 +72,11 @@ def test_a_run_that_dask_gives_up_is_named(monkeypatch, capsys):
             return future
 
     monkeypatch.setattr(distributed, "Client", GivenUp)
-    monkeypatch.setattr(cli, "run_notebook", len)   # a run that is over at once
+    monkeypatch.setattr(cli, "run_notebook", len)  # a run that is over at once
     with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
-        failed = cli.run_all({"baseline (seed 0)": ("baseline",), "heatmap (seed 0)": ("heatmap",)}, scheduler=cluster.scheduler_address)
+        failed = cli.run_all(
+            {"baseline (seed 0)": ("baseline",), "heatmap (seed 0)": ("heatmap",)}, scheduler=cluster.scheduler_address
+        )
     assert failed == {"heatmap (seed 0)": "Dask says it is cancelled; start again"}
     said = capsys.readouterr()
     assert said.out == "baseline (seed 0) done\n" and said.err.startswith("heatmap (seed 0) failed: ")
@@ -66,7 +89,10 @@ def test_a_scheduler_that_is_not_there_is_named(facesr, tmp_path):
 
 def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint and ends with the same bits."
-    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"} | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"} | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     study = [FACESR, "study", "--preset", "smoke", "--workers", "2", "--out", str(tmp_path / "killed")]
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(study, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -74,8 +100,14 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     while killed is None:
         assert process.poll() is None, (tmp_path / "log").read_text()
         for state in (tmp_path / "killed" / "smoke").glob("*/seed0/checkpoint/state.pt"):
-            kernels = [p for p in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
-            kernel = next((k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None)   # the one that holds the run's lock
+            kernels = [
+                p
+                for p in psutil.Process(process.pid).children(recursive=True)
+                if "ipykernel_launcher" in " ".join(p.cmdline())
+            ]
+            kernel = next(
+                (k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None
+            )  # the one that holds the run's lock
             if kernel:
                 killed = state.parent.parent.parent.name
                 worker = kernel.parent()
@@ -87,9 +119,20 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     said = (tmp_path / "log").read_text()
     assert f"{killed} (seed 0) done" in said and said.count("continuing seed0 at step") == 1
 
-    subprocess.run([FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")], cwd=ROOT, env=environment, check=True, timeout=900)
+    subprocess.run(
+        [FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=900,
+    )
     runs = [tmp_path / which / "smoke" / killed / "seed0" for which in ("killed", "whole")]
     assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
     assert len({(run / "per_image.csv").read_bytes() for run in runs}) == 1
-    assert sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json")) == ["baseline", "deep", "heatmap", "multiscale"]
+    assert sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json")) == [
+        "baseline",
+        "deep",
+        "heatmap",
+        "multiscale",
+    ]
     assert json.loads((tmp_path / "killed" / "smoke" / killed / "seed0" / "config.json").read_text())["threads"] == 1

@@ -1,4 +1,5 @@
 "The heatmap store: killed and continued, damaged, mixed up, handed to workers, fetched and written in the published layout."
+
 import functools
 import http.server
 import json
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from facesr.detection import Detections
 from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
-from facesr.heatmaps import HeatmapStore, Part, Recipe, coverage_figure, export_published, import_published, make_heatmaps
+from facesr.heatmaps import Part, Recipe
+from facesr.store import coverage_figure, export_published, HeatmapStore, import_published, make_heatmaps
 from facesr.losses import attention_weights
 
 FACES = find_faces(BUNDLED)
@@ -29,6 +31,7 @@ RECIPE = Recipe({"eye": Part(4.5), "face": Part(4, "rim")})
 
 class FixedBoxes:
     "A detector without a network: one eye and a face, always at the same places."
+
     classes, fingerprint, settings = ("eye", "face"), "fixed", {"weights": "none"}
 
     def __call__(self, images):
@@ -37,13 +40,23 @@ class FixedBoxes:
 
 
 def make(path, names=NAMES, **options):
-    return make_heatmaps(path, FACES.images, names, options.pop("detector", FixedBoxes()), options.pop("recipe", RECIPE), report=lambda line: None, **options)
+    return make_heatmaps(
+        path,
+        FACES.images,
+        names,
+        options.pop("detector", FixedBoxes()),
+        options.pop("recipe", RECIPE),
+        report=lambda line: None,
+        **options,
+    )
 
 
 def content(path):
     "Everything a store says."
     with h5py.File(path) as file:
-        return {name: file[name][:].tobytes() if name != "names" else file[name].asstr()[:].tolist() for name in file}, dict(file.attrs)
+        return {
+            name: file[name][:].tobytes() if name != "names" else file[name].asstr()[:].tolist() for name in file
+        }, dict(file.attrs)
 
 
 KILLED = """
@@ -63,8 +76,10 @@ def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatc
     whole, broken = tmp_path / "whole.h5", tmp_path / "broken.h5"
     make(whole)
     shards, kills = tmp_path / "broken.h5.parts", 0
-    while kills < 2:   # once after the first shard, once after the third
-        process = subprocess.Popen([sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__), path=str(broken))])
+    while kills < 2:  # once after the first shard, once after the third
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__), path=str(broken))]
+        )
         while process.poll() is None and len(list(shards.glob("*.h5"))) < 1 + 2 * kills:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -99,6 +114,7 @@ class Stopped(Exception):
 
 class Counted(FixedBoxes):
     "Counts the faces that it sees, and stops the work after so many."
+
     def __init__(self, stop_after=1_000):
         self.seen, self.stop_after = 0, stop_after
 
@@ -152,19 +168,22 @@ def test_adding_faces_keeps_those_that_are_there(tmp_path):
     assert content(path)[0]["heatmaps"][: len(before["heatmaps"])] == before["heatmaps"]
 
 
-@pytest.mark.parametrize("damage, sentence", [
-    ("cut off", "cannot be read as HDF5: it is damaged, cut off"),
-    ("text", "cannot be read as HDF5"),
-    ("duplicate", "holds 000001.jpg more than once"),
-    ("size", "40 names and heatmaps of shape \\(40, 64, 128\\)"),
-    ("rows", "39 names and heatmaps of shape \\(40, 128, 128\\)"),
-    ("group", "cannot be read as HDF5"),
-    ("numbers", "cannot be read as HDF5"),
-    ("settings", "cannot be read as HDF5"),
-    ("no counts", "store.h5 has no counts; it is incomplete"),
-    ("no names", "it looks like a published file"),
-    ("schema", "is no heatmap store"),
-])
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        ("cut off", "cannot be read as HDF5: it is damaged, cut off"),
+        ("text", "cannot be read as HDF5"),
+        ("duplicate", "holds 000001.jpg more than once"),
+        ("size", "40 names and heatmaps of shape \\(40, 64, 128\\)"),
+        ("rows", "39 names and heatmaps of shape \\(40, 128, 128\\)"),
+        ("group", "cannot be read as HDF5"),
+        ("numbers", "cannot be read as HDF5"),
+        ("settings", "cannot be read as HDF5"),
+        ("no counts", "store.h5 has no counts; it is incomplete"),
+        ("no names", "it looks like a published file"),
+        ("schema", "is no heatmap store"),
+    ],
+)
 def test_a_damaged_store_is_refused_when_it_is_opened(tmp_path, damage, sentence):
     path = tmp_path / "store.h5"
     make(path)
@@ -199,7 +218,7 @@ def test_a_damaged_store_is_refused_when_it_is_opened(tmp_path, damage, sentence
     for opened in (lambda: HeatmapStore(path), lambda: make(path)):
         with pytest.raises(ValueError, match=sentence):
             opened()
-    assert path.read_bytes() == left   # nothing lost
+    assert path.read_bytes() == left  # nothing lost
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 1.5])
@@ -235,7 +254,7 @@ def test_maps_of_other_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="was made for other images: 1 of 40 faces .*000005.jpg"):
         store.check(NAMES, pixels)
     with pytest.raises(ValueError, match="was made for other images: 40 of 40"):
-        store.check(NAMES, pixels.flip(0))   # the wrong order
+        store.check(NAMES, pixels.flip(0))  # the wrong order
 
 
 def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
@@ -250,14 +269,18 @@ def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
     arguments = (path, images, NAMES[:8], FixedBoxes(), RECIPE)
     with pytest.raises(ValueError, match="2 of 4 images cannot be read .*000006.jpg.*000007.jpg: is not there"):
         make_heatmaps(*arguments, report=lambda line: None)
-    assert not path.exists() and len(list((tmp_path / "store.h5.parts").iterdir())) == 1   # what was finished is kept
+    assert not path.exists() and len(list((tmp_path / "store.h5.parts").iterdir())) == 1  # what was finished is kept
     said = []
     store = make_heatmaps(*arguments, skip_unreadable=True, report=said.append)
     assert store.names == NAMES[:5] + NAMES[7:8]
     assert said[-1] == "left out 2 unreadable images: 000006.jpg, 000007.jpg"
-    assert make_heatmaps(*arguments, skip_unreadable=True, report=said.append).names == store.names   # the same again: nothing is left but what cannot be read
+    assert (
+        make_heatmaps(*arguments, skip_unreadable=True, report=said.append).names == store.names
+    )  # the same again: nothing is left but what cannot be read
     with pytest.raises(ValueError, match="none of the 2 images in .* can be read"):
-        make_heatmaps(tmp_path / "other.h5", images, NAMES[5:7], FixedBoxes(), RECIPE, skip_unreadable=True, report=said.append)
+        make_heatmaps(
+            tmp_path / "other.h5", images, NAMES[5:7], FixedBoxes(), RECIPE, skip_unreadable=True, report=said.append
+        )
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -268,11 +291,20 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
     "Files are limited to a size that a shard fits in and the whole store does not."
-    code = (f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.heatmaps as h; h.SHARD = 8\n"
-            f"import test_heatmaps as t\ntry: t.make({str(tmp_path / 'store.h5')!r})\nexcept OSError as error: print(error)")
-    done = subprocess.run(["bash", "-c", 'ulimit -f 300; exec "$@"', "limited", sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.heatmaps as h; h.SHARD = 8\n"
+        f"import test_heatmaps as t\ntry: t.make({str(tmp_path / 'store.h5')!r})\nexcept OSError as error: print(error)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 300; exec "$@"', "limited", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert "store.h5 cannot be written" in done.stdout and "what was finished before is kept" in done.stdout, done
-    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["store.h5.parts"] and len(list((tmp_path / "store.h5.parts").glob("*.h5"))) == 5
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["store.h5.parts"] and len(
+        list((tmp_path / "store.h5.parts").glob("*.h5"))
+    ) == 5
     assert len(make(tmp_path / "other.h5")) == 40
 
 
@@ -286,11 +318,13 @@ def test_two_processes_that_want_the_same_maps_make_them_once(tmp_path):
 def test_lookup_in_the_workers_of_a_loader(tmp_path):
     store = make(tmp_path / "store.h5")
     pixels = read_pixels(FACES.images, NAMES)
-    alone = store.maps(NAMES)   # the file is open in this process before it forks
+    alone = store.maps(NAMES)  # the file is open in this process before it forks
     dataset = FaceDataset(pixels, store.maps)
     keys = [[(i, False), (i + 1, True)] for i in range(0, 40, 2)]
     for method in ("fork", "spawn"):
-        for batch in DataLoader(dataset, batch_sampler=keys, num_workers=2, collate_fn=first_of, multiprocessing_context=method):
+        for batch in DataLoader(
+            dataset, batch_sampler=keys, num_workers=2, collate_fn=first_of, multiprocessing_context=method
+        ):
             rows = [NAMES.index(name) for name in batch.names]
             assert torch.equal(batch.heatmap, torch.stack([alone[rows[0]], alone[rows[1]].flip(-1)]))
     again = pickle.loads(pickle.dumps(store))
@@ -308,11 +342,13 @@ def test_opening_a_store_does_not_read_it(tmp_path):
     with h5py.File(path, "r+") as file:
         count = 65_536
         for column in ("heatmaps", "counts", "sources"):
-            file[column].resize(count, axis=0)   # rows that were never written take no place on the disk
+            file[column].resize(count, axis=0)  # rows that were never written take no place on the disk
         file["names"].resize(count, axis=0)
         file["names"][:] = [f"{i:06d}.jpg" for i in range(count)]
-    code = (f"import resource; from facesr.heatmaps import HeatmapStore; start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-            f"store = HeatmapStore({str(path)!r}); store.maps(['000000.jpg', '065535.jpg']); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)")
+    code = (
+        f"import resource; from facesr.heatmaps import HeatmapStore; start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        f"store = HeatmapStore({str(path)!r}); store.maps(['000000.jpg', '065535.jpg']); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)"
+    )
     megabytes = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert megabytes < 200
 
@@ -322,7 +358,9 @@ def test_published_layout_over_http_and_from_a_file(tmp_path):
     (tmp_path / "served").mkdir()
     export_published(store, tmp_path / "served" / "published.h5")
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path / "served")))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path / "served"))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/published.h5"
@@ -347,10 +385,22 @@ def test_what_is_no_published_file_is_not_imported(tmp_path, published):
         if published == "group":
             file.create_group("heatmaps")
         else:
-            file["heatmaps"] = h5py.Empty("f") if published == "nothing" else maps[:0] if published == "empty" else maps[:, :64] if published == "shape" else maps.astype(np.int32) if published == "integers" else maps
+            file["heatmaps"] = (
+                h5py.Empty("f")
+                if published == "nothing"
+                else maps[:0]
+                if published == "empty"
+                else maps[:, :64]
+                if published == "shape"
+                else maps.astype(np.int32)
+                if published == "integers"
+                else maps
+            )
     if published == "text":
         path.write_text("no HDF5")
-    sentence = {"nan": "for 000003.jpg", "text": "cannot be read as HDF5"}.get(published, "it has to hold one dataset 'heatmaps'")
+    sentence = {"nan": "for 000003.jpg", "text": "cannot be read as HDF5"}.get(
+        published, "it has to hold one dataset 'heatmaps'"
+    )
     with pytest.raises(ValueError, match=sentence):
         import_published(str(path), tmp_path / "store.h5", [] if published == "empty" else NAMES[:4])
     assert not (tmp_path / "store.h5").exists() and not (tmp_path / "store.h5.part").exists()
@@ -360,7 +410,10 @@ def test_rows_go_to_celebas_first_training_images_only_where_there_are_as_many_a
     path = tmp_path / "published.h5"
     with h5py.File(path, "w") as file:
         file["heatmaps"] = np.linspace(0, 1, 4)[:, None, None] * np.tri(128, dtype=np.float16)
-    with pytest.raises(ValueError, match="published.h5 holds 4 maps, and a published file 10,000, 30,000 or 50,000: whose these are is not known"):
+    with pytest.raises(
+        ValueError,
+        match="published.h5 holds 4 maps, and a published file 10,000, 30,000 or 50,000: whose these are is not known",
+    ):
         import_published(str(path), tmp_path / "store.h5")
     assert not (tmp_path / "store.h5").exists()
     monkeypatch.setattr("facesr.heatmaps.PUBLISHED_ROWS", (2, 4))
@@ -388,16 +441,26 @@ def test_maps_that_were_exported_come_back_under_their_names(facesr, tmp_path):
     assert torch.equal(HeatmapStore(tmp_path / "back.h5").maps(NAMES[20:32]), store.maps(NAMES[20:32]))
     (tmp_path / "moved.h5.names.txt").rename(tmp_path / "mine.txt")
     refused = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "nameless.h5")
-    assert refused.returncode == 1 and "whose these are is not known" in refused.stderr.splitlines()[-1] and not (tmp_path / "nameless.h5").exists()
+    assert (
+        refused.returncode == 1
+        and "whose these are is not known" in refused.stderr.splitlines()[-1]
+        and not (tmp_path / "nameless.h5").exists()
+    )
     named = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "named.h5", "--names", tmp_path / "mine.txt")
     assert named.returncode == 0 and HeatmapStore(tmp_path / "named.h5").names == NAMES[20:32]
 
 
 def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, facesr):
     make(tmp_path / "mine.h5", NAMES[:20])
-    done = facesr("train", "heatmap", "--preset", "smoke", "--out", tmp_path, "--set", f"heatmaps={tmp_path / 'mine.h5'}")
+    done = facesr(
+        "train", "heatmap", "--preset", "smoke", "--out", tmp_path, "--set", f"heatmaps={tmp_path / 'mine.h5'}"
+    )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error:") and "has no heatmap for 12 of 32 faces" in done.stderr and f"facesr heatmaps make --out {tmp_path / 'mine.h5'}" in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("error:")
+        and "has no heatmap for 12 of 32 faces" in done.stderr
+        and f"facesr heatmaps make --out {tmp_path / 'mine.h5'}" in done.stderr
+    )
     assert not (tmp_path / "smoke" / "heatmap" / "seed0" / "metrics.json").exists()
 
 
@@ -411,13 +474,52 @@ def test_ones_own_detector_from_the_command_line(facesr, tmp_path):
     for name in NAMES:
         shutil.copy(FACES.images / name, tmp_path / "images")
     store = tmp_path / "mine.h5"
-    made = facesr("heatmaps", "make", "--data", tmp_path / "images", "--detector", tmp_path / "mine.pt", "--parts", tmp_path / "parts.csv", "--out", store)
+    made = facesr(
+        "heatmaps",
+        "make",
+        "--data",
+        tmp_path / "images",
+        "--detector",
+        tmp_path / "mine.pt",
+        "--parts",
+        tmp_path / "parts.csv",
+        "--out",
+        store,
+    )
     assert made.returncode == 0 and "40 heatmaps" in made.stdout, made.stderr
     shown = facesr("heatmaps", "show", store, "--figure", tmp_path / "coverage.png")
     assert shown.returncode == 0 and (tmp_path / "coverage.png").stat().st_size > 10_000
-    trained = facesr("train", "heatmap", "--preset", "smoke", "--data", tmp_path / "images", "--set", f"heatmaps={store}", "--set", "epochs=1", "--out", tmp_path / "results")
+    trained = facesr(
+        "train",
+        "heatmap",
+        "--preset",
+        "smoke",
+        "--data",
+        tmp_path / "images",
+        "--set",
+        f"heatmaps={store}",
+        "--set",
+        "epochs=1",
+        "--out",
+        tmp_path / "results",
+    )
     assert trained.returncode == 0, trained.stderr
-    recorded = json.loads((tmp_path / "results" / "smoke" / "heatmap" / "seed0" / "config.json").read_text())["heatmaps"]
+    recorded = json.loads((tmp_path / "results" / "smoke" / "heatmap" / "seed0" / "config.json").read_text())[
+        "heatmaps"
+    ]
     assert set(recorded["recipe"]["parts"]) == {"eye", "face"}
-    refused = facesr("heatmaps", "make", "--data", tmp_path / "images", "--detector", tmp_path / "mine.pt", "--out", tmp_path / "other.h5")
-    assert refused.returncode == 1 and "mine.pt does not know" in refused.stderr.splitlines()[-1] and not (tmp_path / "other.h5").exists()
+    refused = facesr(
+        "heatmaps",
+        "make",
+        "--data",
+        tmp_path / "images",
+        "--detector",
+        tmp_path / "mine.pt",
+        "--out",
+        tmp_path / "other.h5",
+    )
+    assert (
+        refused.returncode == 1
+        and "mine.pt does not know" in refused.stderr.splitlines()[-1]
+        and not (tmp_path / "other.h5").exists()
+    )

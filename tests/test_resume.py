@@ -21,7 +21,7 @@ def start(facesr, out):
 
 
 def step_of(checkpoint):
-    return torch.load(checkpoint, weights_only=True)["progress"]["step"] if checkpoint.exists() else 0
+    return torch.load(checkpoint, weights_only=True)["loop"]["steps"] if checkpoint.exists() else 0
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):  # it is gone when all went well
             part.unlink()
 
-# %% ../nbs/14_runs.ipynb #a8406544
+# %% ../nbs/14_runs.ipynb #2afab327
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
@@ -105,7 +105,7 @@ def run_state(
         return "resumable"
     return "published" if (folder / "metrics.json").exists() else "absent"
 
-# %% ../nbs/14_runs.ipynb #1ece7bb1
+# %% ../nbs/14_runs.ipynb #d6ddd8fe
 def lock_run(
     folder: Path,          # of the run
     timeout: float = 20,   # seconds to wait for another process
@@ -124,7 +124,7 @@ def lock_run(
         raise OSError(f"{work} cannot be written ({error}); choose another out") from error
     return lock
 
-# %% ../nbs/14_runs.ipynb #f1c8e09e
+# %% ../nbs/14_runs.ipynb #fc4b1c69
 def save_checkpoint(
     folder: Path,              # of the run
     settings: dict[str, Any],  # what has to be the same when it goes on
@@ -157,7 +157,7 @@ def load_checkpoint(
         )
     return state
 
-# %% ../nbs/14_runs.ipynb #ded0d88b
+# %% ../nbs/14_runs.ipynb #e0cc0812
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     "Every setting that differs, in words."
     return "; ".join(
@@ -166,7 +166,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
         if then.get(key) != now.get(key)
     )
 
-# %% ../nbs/14_runs.ipynb #e33e70f6
+# %% ../nbs/14_runs.ipynb #32323023
 def publish(
     folder: Path,             # of the run, with all of RUN_FILES in its checkpoint folder
     made_of: dict[str, Any],  # what `made_of` says
@@ -179,7 +179,7 @@ def publish(
     write_json(work / "complete", made_of)
     (work / "state.pt").unlink()
 
-# %% ../nbs/14_runs.ipynb #9cc17118
+# %% ../nbs/14_runs.ipynb #abb9c45b
 def made_of(
     config: Config,
     root: Path,        # the folder of the faces, resolved
@@ -246,7 +246,7 @@ def read_run(
     made = {name: recorded[name] for name in ("config", "faces", "threads")}
     return CompleteRun(folder, **which, **made, metrics=metrics, torch=recorded["versions"]["torch"])
 
-# %% ../nbs/14_runs.ipynb #c929fef0
+# %% ../nbs/14_runs.ipynb #6924e0a4
 def find_runs(
     out: str | Path,      # the folder of all results
     preset: str,
@@ -271,7 +271,7 @@ def trained_with(
         found.setdefault(f"PyTorch {run.torch}, {run.threads} thread{'s' * (run.threads > 1)}", []).append(run.label)
     return found
 
-# %% ../nbs/14_runs.ipynb #11540b0d
+# %% ../nbs/14_runs.ipynb #727786e5
 def choose_shown(
     lr: Tensor,  # [N, 3, 16, 16] uint8
     hr: Tensor,  # [N, 3, 128, 128] uint8
@@ -288,7 +288,7 @@ def choose_shown(
     }
     return [(row, why, float(score[row])) for why, rows in chosen.items() for row in rows]
 
-# %% ../nbs/14_runs.ipynb #3000be0a
+# %% ../nbs/14_runs.ipynb #00bab22a
 SHOWN_QUALITY = 90   # of WebP
 
 
@@ -374,8 +374,8 @@ def _git(*arguments: str) -> str:
     command = ["git", "-C", str(files("facesr")), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
 
-# %% ../nbs/14_runs.ipynb #a0ad66ea
-JPEG_QUALITY = 85
+# %% ../nbs/14_runs.ipynb #322e5ed3
+JPEG_QUALITY = 80
 
 
 def as_published(notebook: nbformat.NotebookNode) -> str:
@@ -399,5 +399,5 @@ def _shrink(data: dict[str, Any]) -> None:
         rgba = picture.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
-    white.save(buffer := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+    white.save(buffer := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, optimize=True, progressive=True)
     data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()

@@ -182,7 +182,7 @@ def progress_figure(trainer: "Trainer") -> Figure:
     psnr = {row["epoch"]: row["val_psnr"] for row in history}
     frames = {f"epoch {epoch}\n{psnr[epoch]:.2f} dB": x for epoch, x in trainer.progress.frames.items()}
     rows = {"input": val.levels[16][:FIXED_FACES], **frames, "target": val.levels[128][:FIXED_FACES]}
-    return picture_rows(rows, size=1.1)
+    return picture_rows(rows, size=0.9)
 
 # %% ../nbs/15_training.ipynb #15a00014
 def settings_of(trainer: "Trainer") -> dict[str, Any]:

@@ -5,13 +5,11 @@ The folder becomes results/celeba. The network `inverted` is called `separable`,
 Every run gets the SHA-256 of its weights and its pictures of the shown test faces; PNG becomes WebP or JPEG.
 No measured number changes."""
 import hashlib
-import io
 import json
 import subprocess
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import torch
 from PIL import Image
 from safetensors import safe_open

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from facesr.detection import BUNDLED_DETECTOR, bundled_detector, checkpoint_detector
+from facesr.faces import find_faces, read_pixels
 
 
 class Payload:
@@ -55,7 +56,10 @@ def test_a_network_for_another_task_is_refused(tmp_path):
 def test_hostile_checkpoint_where_ultralytics_was_imported_before(tmp_path):
     touched = tmp_path / "touched"
     torch.save({"model": Payload(touched)}, tmp_path / "weights.pt")
-    code = f"import ultralytics; from facesr.detection import checkpoint_detector; checkpoint_detector({str(tmp_path / 'weights.pt')!r})"
+    code = (
+        "import ultralytics; from facesr.detection import checkpoint_detector; "
+        f"checkpoint_detector({str(tmp_path / 'weights.pt')!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "cannot be read as an Ultralytics checkpoint" in done.stderr and not touched.exists()
 
@@ -70,7 +74,10 @@ def test_importing_the_package_does_not_import_ultralytics():
 
 def test_threads_are_left_alone():
     "Ultralytics leaves one thread when it is imported before torch, and when it predicts on a CPU."
-    with_detector = "from facesr.detection import bundled_detector; import torch; bundled_detector()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)); print(torch.get_num_threads())"
+    with_detector = (
+        "from facesr.detection import bundled_detector; import torch; "
+        "bundled_detector()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)); print(torch.get_num_threads())"
+    )
     without = "import torch; print(torch.get_num_threads())"
     threads = [
         subprocess.run(
@@ -93,8 +100,6 @@ def test_the_bundled_weights_are_plain_tensors_and_small():
 
 
 def test_detections_on_real_faces(celeba):
-    from facesr.faces import find_faces, read_pixels
-
     faces = find_faces(celeba)
     found = bundled_detector()(read_pixels(faces.images, faces.names("test", 100)).levels[128])
     complete = [{"eye", "nose", "mouth"} <= set(d.classes) and d.classes.count("eye") >= 2 for d in found]

@@ -6,7 +6,9 @@ import shutil
 import pytest
 from conftest import BUNDLED
 
-from facesr.faces import find_faces, read_pixels, SPLITS
+from facesr.degradation import interpolate
+from facesr.faces import find_faces, read_partition, read_pixels, SPLITS
+from facesr.metrics import evaluate, Evaluator, predict
 
 
 def last_line(result):
@@ -123,8 +125,6 @@ def test_celeba_as_it_is(celeba):
 
 
 def test_both_partition_files_of_celeba_say_the_same(celeba):
-    from facesr.faces import read_partition
-
     files = [celeba / f"list_eval_partition.{suffix}" for suffix in ("csv", "txt")]
     if not all(file.exists() for file in files):
         pytest.skip("this copy of CelebA has only one partition file")
@@ -133,10 +133,6 @@ def test_both_partition_files_of_celeba_say_the_same(celeba):
 
 def test_bicubic_on_celeba_is_where_the_literature_has_it(celeba):
     "Bilinear and bicubic x8 up-sampling of validation faces: about 20.7 and 21.5 dB."
-    from facesr.degradation import interpolate
-    from facesr.metrics import evaluate, predict
-    from facesr.metrics import Evaluator
-
     faces = find_faces(celeba)
     pixels = read_pixels(faces.images, faces.names("val", 400))
     score = {

@@ -1,10 +1,9 @@
-"The heatmap store: killed and continued, damaged, mixed up, handed to workers, fetched and written in the published layout."
+"The heatmap store: killed and continued, damaged, mixed up, fetched and written in the published layout."
 
 import functools
 import http.server
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -16,13 +15,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from facesr.detection import Detections
+from facesr.detection import bundled_detector, Detections
 from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
 from facesr.heatmaps import Part, Recipe
-from facesr.store import coverage_figure, export_published, HeatmapStore, import_published, make_heatmaps
 from facesr.losses import attention_weights
+from facesr.store import coverage_figure, export_published, HeatmapStore, import_published, make_heatmaps
 
 FACES = find_faces(BUNDLED)
 NAMES = FACES.names("train", 40)
@@ -61,7 +59,7 @@ def content(path):
 
 KILLED = """
 import sys, time
-import facesr.heatmaps as h
+import facesr.store as h
 sys.path.insert(0, {tests!r})
 import test_heatmaps as t
 h.SHARD = 8
@@ -72,7 +70,7 @@ t.make({path!r})
 
 
 def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     whole, broken = tmp_path / "whole.h5", tmp_path / "broken.h5"
     make(whole)
     shards, kills = tmp_path / "broken.h5.parts", 0
@@ -94,13 +92,13 @@ def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatc
 
 
 def test_unfinished_work_of_another_recipe_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     path = tmp_path / "store.h5"
-    monkeypatch.setattr("facesr.heatmaps._gather", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("facesr.store._gather", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make(path)
     monkeypatch.undo()
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     before = sorted((tmp_path / "store.h5.parts").iterdir())
     with pytest.raises(ValueError, match="store.h5.parts holds heatmaps with another recipe"):
         make(path, recipe=Recipe({"eye": Part(1)}))
@@ -126,7 +124,7 @@ class Counted(FixedBoxes):
 
 
 def test_a_smaller_run_takes_nothing_from_an_interrupted_larger_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     path = tmp_path / "store.h5"
     with pytest.raises(Stopped):
         make(path, detector=Counted(stop_after=16))
@@ -137,10 +135,10 @@ def test_a_smaller_run_takes_nothing_from_an_interrupted_larger_one(tmp_path, mo
 
 
 def test_killed_between_gathering_and_tidying_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 8)
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     path = tmp_path / "store.h5"
     with monkeypatch.context() as killed, pytest.raises(Stopped):
-        killed.setattr("facesr.heatmaps.shutil.rmtree", lambda shards: (_ for _ in ()).throw(Stopped))
+        killed.setattr("facesr.store.shutil.rmtree", lambda shards: (_ for _ in ()).throw(Stopped))
         make(path, NAMES[:20])
     before = content(path)
     assert len(list((tmp_path / "store.h5.parts").iterdir())) == 3
@@ -258,7 +256,7 @@ def test_maps_of_other_images_are_refused(tmp_path):
 
 
 def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("facesr.heatmaps.SHARD", 4)
+    monkeypatch.setattr("facesr.store.SHARD", 4)
     images = tmp_path / "images"
     images.mkdir()
     for name in NAMES[:8]:
@@ -292,7 +290,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
     "Files are limited to a size that a shard fits in and the whole store does not."
     code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.heatmaps as h; h.SHARD = 8\n"
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.store as h; h.SHARD = 8\n"
         f"import test_heatmaps as t\ntry: t.make({str(tmp_path / 'store.h5')!r})\nexcept OSError as error: print(error)"
     )
     done = subprocess.run(
@@ -309,30 +307,22 @@ def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
 
 
 def test_two_processes_that_want_the_same_maps_make_them_once(tmp_path):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_heatmaps as t; t.make({str(tmp_path / 'store.h5')!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"import test_heatmaps as t; t.make({str(tmp_path / 'store.h5')!r})"
+    )
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert HeatmapStore(tmp_path / "store.h5").names == NAMES
 
 
-def test_lookup_in_the_workers_of_a_loader(tmp_path):
-    store = make(tmp_path / "store.h5")
-    pixels = read_pixels(FACES.images, NAMES)
-    alone = store.maps(NAMES)  # the file is open in this process before it forks
-    dataset = FaceDataset(pixels, store.maps)
-    keys = [[(i, False), (i + 1, True)] for i in range(0, 40, 2)]
-    for method in ("fork", "spawn"):
-        for batch in DataLoader(
-            dataset, batch_sampler=keys, num_workers=2, collate_fn=first_of, multiprocessing_context=method
-        ):
-            rows = [NAMES.index(name) for name in batch.names]
-            assert torch.equal(batch.heatmap, torch.stack([alone[rows[0]], alone[rows[1]].flip(-1)]))
-    again = pickle.loads(pickle.dumps(store))
-    assert torch.equal(again.maps(NAMES[:2]), alone[:2])
-
-
-def first_of(batch):
-    return batch
+def test_every_face_of_a_batch_gets_its_own_map(tmp_path):
+    store = make(tmp_path / "store.h5", NAMES[::-1])  # another order than that of the dataset
+    dataset = FaceDataset(read_pixels(FACES.images, NAMES), store.maps)
+    for i in range(0, 40, 2):
+        batch = dataset.batch([(i, False), (i + 1, True)])
+        straight, mirrored = store.maps([NAMES[i]])[0], store.maps([NAMES[i + 1]])[0].flip(-1)
+        assert batch.names == NAMES[i : i + 2] and torch.equal(batch.heatmap, torch.stack([straight, mirrored]))
 
 
 def test_opening_a_store_does_not_read_it(tmp_path):
@@ -346,8 +336,11 @@ def test_opening_a_store_does_not_read_it(tmp_path):
         file["names"].resize(count, axis=0)
         file["names"][:] = [f"{i:06d}.jpg" for i in range(count)]
     code = (
-        f"import resource; from facesr.heatmaps import HeatmapStore; start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-        f"store = HeatmapStore({str(path)!r}); store.maps(['000000.jpg', '065535.jpg']); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)"
+        "from resource import getrusage, RUSAGE_SELF\n"
+        "from facesr.store import HeatmapStore\n"
+        "start = getrusage(RUSAGE_SELF).ru_maxrss\n"
+        f"HeatmapStore({str(path)!r}).maps(['000000.jpg', '065535.jpg'])\n"
+        "print((getrusage(RUSAGE_SELF).ru_maxrss - start) // 1024)"
     )
     megabytes = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert megabytes < 200
@@ -416,7 +409,7 @@ def test_rows_go_to_celebas_first_training_images_only_where_there_are_as_many_a
     ):
         import_published(str(path), tmp_path / "store.h5")
     assert not (tmp_path / "store.h5").exists()
-    monkeypatch.setattr("facesr.heatmaps.PUBLISHED_ROWS", (2, 4))
+    monkeypatch.setattr("facesr.store.PUBLISHED_ROWS", (2, 4))
     store = import_published(str(path), tmp_path / "store.h5")
     assert store.names == ["000001.jpg", "000002.jpg", "000003.jpg", "000004.jpg"]
     assert store.maps(["000004.jpg"]).max() == 1 and store.maps(["000001.jpg"]).max() == 0
@@ -466,8 +459,6 @@ def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, 
 
 def test_ones_own_detector_from_the_command_line(facesr, tmp_path):
     "The README's four commands, with a checkpoint whose classes are more than the table names."
-    from facesr.detection import bundled_detector
-
     bundled_detector().yolo.save(tmp_path / "mine.pt")
     (tmp_path / "parts.csv").write_text("class,weight,fade\neye,4.5,centre\nface,4,rim\n")
     (tmp_path / "images").mkdir()

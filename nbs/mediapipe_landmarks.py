@@ -5,9 +5,9 @@ MediaPipe wants an older NumPy than the library, so this runs in an environment 
     python -m venv mediapipe-env && mediapipe-env/bin/pip install mediapipe==0.10.21
     mediapipe-env/bin/python mediapipe_landmarks.py FOLDER OUT.csv [NAMES.txt]
 
-NAMES.txt holds a file name a line; without it every .jpg of the folder is read. A row is written for each picture in which a
-face is found: centres of the eyes (left: smaller x in the picture), tip of the nose, middle of the mouth, and the box of all 468
-points, in pixels of the picture (centre of the first pixel: 0, 0).
+NAMES.txt holds a file name a line; without NAMES.txt every .jpg of the folder is read. OUT.csv gets a row for each
+picture in which a face is found: centres of the eyes (left: smaller x in the picture), tip of the nose, middle of the
+mouth, and the box of all 468 points, in pixels of the picture (centre of the first pixel: 0, 0).
 """
 
 import csv

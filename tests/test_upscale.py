@@ -50,13 +50,8 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
     assert result.returncode == 3, result.stderr
     made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out").iterdir()}
     assert set(made) == {"plain", "cmyk", "grey", "grey16", "palette", "alpha", "turned", "large"}
-    for name, apart in (
-        ("alpha", 0),
-        ("cmyk", 6),
-        ("palette", 6),
-        ("turned", 6),
-        ("large", 6),
-    ):  # mean difference in steps of 8 bit
+    # mean difference in steps of 8 bit
+    for name, apart in (("alpha", 0), ("cmyk", 6), ("palette", 6), ("turned", 6), ("large", 6)):
         assert np.abs(made[name] - made["plain"]).mean() <= apart, name
     assert np.abs(made["grey16"] - made["grey"]).max() <= 1
     assert np.ptp(made["grey"], axis=-1).mean() < 30  # what was grey stays about grey
@@ -76,12 +71,9 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
 def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):
     result = facesr("upscale", odd_files / "plain.png", tmp_path / "out")
     assert result.returncode == 1 and not (tmp_path / "out").exists()
-    assert (
-        result.stderr.strip()
-        .splitlines()[-1]
-        .endswith(
-            "has to be 16x16; say prepare='face-crop' for a face that is cropped already, prepare='detect' for a photograph with a face in it"
-        )
+    assert result.stderr.strip().endswith(
+        "has to be 16x16; say prepare='face-crop' for a face that is cropped already, "
+        "prepare='detect' for a photograph with a face in it"
     )
 
 
@@ -93,121 +85,91 @@ def test_a_place_where_nothing_can_be_written(facesr, odd_files):
 
 def test_a_full_disk_leaves_no_half_of_a_file(facesr, odd_files, tmp_path):
     "Files are limited to a size no output fits in: writing fails as on a full disk."
-    command = [
-        "bash",
-        "-c",
-        'ulimit -f 4; exec "$@"',
-        "limited",
-        FACESR,
-        "upscale",
-        odd_files,
-        tmp_path / "out",
-        "--prepare",
-        "face-crop",
-    ]
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "limited"]
+    command = [*limited, FACESR, "upscale", odd_files, tmp_path / "out", "--prepare", "face-crop"]
     result = subprocess.run(command, cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "cannot be written" in result.stderr.strip().splitlines()[-1]
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_killed_and_started_again(facesr, tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
+@pytest.fixture
+def photos(tmp_path):
+    "A folder of more faces than are done at once: 1,500 names of one file."
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for i in range(1500):
-        (photos / f"{i}.jpg").symlink_to(FACE)
-    process = subprocess.Popen(
-        [FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while len(list(tmp_path.glob("out/*.png"))) < 40:
+        (folder / f"{i}.jpg").symlink_to(FACE)
+    return folder
+
+
+def test_killed_and_started_again(facesr, photos, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["upscale", photos, out, "--prepare", "face-crop"]
+    process = subprocess.Popen([FACESR, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.png"))) < 40:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    done = list(tmp_path.glob("out/*.png"))
+    done = list(out.glob("*.png"))
     assert 40 <= len(done) < 1500
     assert all(Image.open(path).convert("RGB").size == (128, 128) for path in done)
-    assert (
-        facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop").returncode == 1
-    )  # there are outputs: it asks
-    result = facesr("upscale", photos, tmp_path / "out", "--prepare", "face-crop", "--existing", "skip")
+    assert facesr(*arguments).returncode == 1  # there are outputs: it asks
+    result = facesr(*arguments, "--existing", "skip")
     assert result.returncode == 0 and f"{1500 - len(done):,} written, {len(done):,} there already" in result.stdout
-    assert len(list((tmp_path / "out").glob("*.png"))) == 1500
+    assert len(list(out.glob("*.png"))) == 1500
 
 
-def test_interrupted_by_hand(tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(1500):
-        (photos / f"{i}.jpg").symlink_to(FACE)
+def test_interrupted_by_hand(photos, tmp_path):
     process = subprocess.Popen(
         [FACESR, "upscale", photos, tmp_path / "out", "--prepare", "face-crop"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # whoever starts the tests in the background may have it ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # whoever starts the tests in the background may have it ignored, and children inherit that
+    )
     while not list(tmp_path.glob("out/*.png")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert (
-        process.returncode == 130
-        and "interrupted; what is finished stays" in said.splitlines()[-1]
-        and "Traceback" not in said
-    )
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "interrupted; what is finished stays" in said.splitlines()[-1]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".png"}
 
 
-def test_from_a_wheel_outside_the_repository(tmp_path):
-    "What is in the wheel is enough: a face of the package and one's own, offline."
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def unpacked_wheel(tmp_path_factory):
+    "What is in the wheel, in a folder outside the repository."
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     shutil.copytree(ROOT / "facesr", source / "facesr", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            tmp_path,
-            source,
-        ],
-        check=True,
-        capture_output=True,
-    )
-    with zipfile.ZipFile(next(tmp_path.glob("facesr-*.whl"))) as wheel:
-        wheel.extractall(tmp_path / "site")
-    bundled = sorted((tmp_path / "site" / "facesr" / "assets" / "faces").rglob("*.jpg"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", folder, source], check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("facesr-*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.mark.parametrize("prepare", ["face-crop", "detect"])
+def test_from_a_wheel_outside_the_repository(unpacked_wheel, tmp_path, prepare):
+    "What is in the wheel is enough: a face of the package and one's own, offline."
+    bundled = sorted((unpacked_wheel / "facesr" / "assets" / "faces").rglob("*.jpg"))
     assert len(bundled) == 1200
-    Image.open(bundled[0]).rotate(10).resize((500, 600)).save(tmp_path / "own.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FACESR")} | {
-        "PYTHONPATH": str(tmp_path / "site"),
-        "https_proxy": "http://127.0.0.1:9",
-        "http_proxy": "http://127.0.0.1:9",
-    }
+    own = tmp_path / "own.png"
+    Image.open(bundled[0]).rotate(10).resize((500, 600)).save(own)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FACESR")}
+    environment |= {"PYTHONPATH": str(unpacked_wheel)}
+    environment |= dict.fromkeys(("https_proxy", "http_proxy"), "http://127.0.0.1:9")
     program = (
         "import facesr, sys; assert facesr.__file__.startswith(sys.argv.pop(1)); from facesr.cli import main; main()"
     )
-    for prepare, image in (("face-crop", bundled[0]), ("detect", tmp_path / "own.png")):
-        command = [
-            sys.executable,
-            "-c",
-            program,
-            tmp_path / "site",
-            "upscale",
-            image,
-            tmp_path / f"{prepare}.png",
-            "--prepare",
-            prepare,
-        ]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-        assert result.returncode == 0, result.stderr
-        assert Image.open(tmp_path / f"{prepare}.png").size == (128, 128)
+    image = bundled[0] if prepare == "face-crop" else own
+    arguments = ["upscale", image, tmp_path / "out.png", "--prepare", prepare]
+    command = [sys.executable, "-c", program, unpacked_wheel, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "out.png").size == (128, 128)

@@ -35,7 +35,7 @@ class Part:
                 "a weight has to be greater than 0, a fade 'centre' or 'rim'"
             )
 
-# %% ../nbs/04_heatmaps.ipynb #7bfcb272
+# %% ../nbs/04_heatmaps.ipynb #8d9b341e
 BUNDLED_PARTS = {  # the classes of the bundled detector
     "eye": Part(4.5),
     "eyebrow": Part(4),
@@ -55,7 +55,7 @@ PUBLISHED_PARTS = {  # the prompts of arXiv 2605.14166, in its order
     "eyebrows": Part(4),
 }
 
-# %% ../nbs/04_heatmaps.ipynb #29634a76
+# %% ../nbs/04_heatmaps.ipynb #492edadd
 def _part_rows(path: Path) -> list[dict[str, str]]:
     "The rows of a table of parts. Raises ValueError for a file that is none."
     try:
@@ -71,7 +71,7 @@ def _part_rows(path: Path) -> list[dict[str, str]]:
         )
     return rows
 
-
+# %% ../nbs/04_heatmaps.ipynb #16fb1099
 def read_parts(
     path: str | Path,  # CSV with the columns class, weight and, if wanted, fade
 ) -> dict[str, Part]:
@@ -110,7 +110,7 @@ def fade(
     r2 = x**2 + y**2
     return np.exp(-2 * r2) if kind == "centre" else 0.3 + 0.7 * (1 - np.exp(-r2 / (2 * 0.6**2)))
 
-# %% ../nbs/04_heatmaps.ipynb #126d957c
+# %% ../nbs/04_heatmaps.ipynb #783e9a75
 def radial(
     height: int,
     width: int,   # of the box and its margin in pixels
@@ -120,7 +120,7 @@ def radial(
     d2 = x**2 + y**2
     return np.exp(-0.8 * d2 / max(d2.max(), 1e-9)).clip(0.3, 1)
 
-# %% ../nbs/04_heatmaps.ipynb #21039c55
+# %% ../nbs/04_heatmaps.ipynb #44194909
 def patch(
     grey: np.ndarray,  # [h, w] uint8: what is inside the box
     kind: Literal["centre", "rim"],
@@ -156,7 +156,7 @@ class Recipe:
             "stretched to": [0, 1],
         }
 
-# %% ../nbs/04_heatmaps.ipynb #8df937cd
+# %% ../nbs/04_heatmaps.ipynb #877d8c7e
 def _blurred_and_stretched(
     canvas: np.ndarray,  # [H, W] float32
 ) -> np.ndarray:         # [H, W] float32 in [0, 1], 0 everywhere where the canvas is flat
@@ -164,7 +164,7 @@ def _blurred_and_stretched(
     low, high = blurred.min(), blurred.max()
     return (blurred - low) / (high - low) if high - low > 1e-6 else np.zeros_like(blurred)
 
-
+# %% ../nbs/04_heatmaps.ipynb #49253559
 def heatmap(
     image: np.ndarray,       # [H, W, 3] uint8, RGB
     detections: Detections,  # what was found in it

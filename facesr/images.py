@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../nbs/01_images.ipynb #f922f2a5
+# %% ../nbs/01_images.ipynb #b86f29f5
 MAX_PIXELS = 50_000_000     # of a picture
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
 
@@ -40,12 +40,12 @@ def _reasons() -> Iterator[None]:
             reason = f"more than {MAX_PIXELS:,} pixels"
         raise ValueError(reason) from error
 
-# %% ../nbs/01_images.ipynb #c496dc78
+# %% ../nbs/01_images.ipynb #eae152d7
 def _has_sixteen_bits(image: Image.Image) -> bool:
     "Is it 16-bit grey? Older versions of PIL open such a PNG in mode I."
     return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
 
-
+# %% ../nbs/01_images.ipynb #a791a1f6
 def _refuse(image: Image.Image) -> None:
     "Raise ValueError for what is no single picture of reasonable size and known range."
     if image.width * image.height > MAX_PIXELS:
@@ -56,7 +56,7 @@ def _refuse(image: Image.Image) -> None:
         numbers = "floating-point pixels" if image.mode == "F" else "32-bit integers"
         raise ValueError(f"holds {numbers}, whose range is not known; save it with 8 or 16 bit")
 
-# %% ../nbs/01_images.ipynb #9056fd8a
+# %% ../nbs/01_images.ipynb #0f83d3bf
 def _on_white(image: Image.Image) -> Image.Image:
     "RGB, transparent parts on white."
     image = image.convert("RGBA")
@@ -64,7 +64,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     white.paste(image, mask=image.getchannel("A"))
     return white
 
-
+# %% ../nbs/01_images.ipynb #0adcba22
 @_reasons()
 def upright_rgb(
     image: Image.Image,  # of any mode
@@ -79,7 +79,7 @@ def upright_rgb(
         return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     return _on_white(image) if image.has_transparency_data else image.convert("RGB")
 
-# %% ../nbs/01_images.ipynb #31444d91
+# %% ../nbs/01_images.ipynb #19bf018d
 def file_content(path: Path) -> bytes:
     "What an image file holds. Raises ValueError for a very large one, and for what is no file."
     found = path.stat()
@@ -89,7 +89,7 @@ def file_content(path: Path) -> bytes:
         raise ValueError(f"its {found.st_size:,} bytes are more than {MAX_BYTES:,}")
     return path.read_bytes()
 
-# %% ../nbs/01_images.ipynb #8af450c9
+# %% ../nbs/01_images.ipynb #a53265af
 @_reasons()
 def read_image(
     source: Path | bytes,  # a file (JPEG, PNG, WebP, BMP), or its content
@@ -100,7 +100,7 @@ def read_image(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return upright_rgb(Image.open(BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP")))
 
-# %% ../nbs/01_images.ipynb #cac162c6
+# %% ../nbs/01_images.ipynb #57f187c0
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -153,7 +153,7 @@ def _array(
         return picture.permute(1, 2, 0).cpu().numpy()
     return np.asarray(picture.convert("RGB"))
 
-
+# %% ../nbs/01_images.ipynb #cc7712f6
 def picture_rows(
     rows: dict[str, Iterable],   # by label: as many pictures in every row, uint8 tensors [3, H, W] or PIL images
     titles: Sequence[str] = (),  # above the columns

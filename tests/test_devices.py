@@ -80,7 +80,7 @@ def test_another_degradation_reaches_training_and_evaluation(tmp_path):
     from facesr.metrics import consistency
     from facesr.study import resolve
     from facesr.metrics import predict
-    from facesr.training import Trainer
+    from facesr.training import Trainer, best_model, finish, fit
 
     trainer = Trainer(
         resolve(preset="smoke", degradation="area", epochs=1, perceptual_weight=0),
@@ -95,9 +95,9 @@ def test_another_degradation_reaches_training_and_evaluation(tmp_path):
         torch.frombuffer(bytearray(degrade(hr, "area").tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)
     )
     assert torch.equal(trainer.pixels["train"].levels[16][0], expected)
-    trainer.fit()
-    table, test = trainer.finish(), trainer.pixels["test"]
-    _, sr, _, lr = next(iter(predict(trainer.best_model(), test)))
+    fit(trainer)
+    table, test = finish(trainer), trainer.pixels["test"]
+    _, sr, _, lr = next(iter(predict(best_model(trainer), test)))
     assert table["consistency"][: len(sr)].tolist() == pytest.approx(
         consistency(to_uint8(sr), lr, "area").tolist(), abs=1e-3
     )

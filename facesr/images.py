@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_BYTES', 'IMAGE_SUFFIXES', 'upright_rgb', 'file_content', 'read_image', 'image_files',
-           'image_tensor', 'picture_rows']
+           'image_tensor', 'ShownFigure', 'picture_rows']
 
 # %% ../nbs/01_images.ipynb #0a0ae54f
 import os
@@ -144,6 +144,14 @@ def image_tensor(
     "The image as a batch of one."
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
+# %% ../nbs/01_images.ipynb #3eff4c38
+class ShownFigure(Figure):
+    "A figure that a notebook shows, also where pyplot was never used."
+
+    def _repr_png_(self) -> bytes:
+        self.savefig(buffer := BytesIO(), format="png", bbox_inches="tight")
+        return buffer.getvalue()
+
 # %% ../nbs/01_images.ipynb #3d7646da
 def _array(
     picture: Tensor | Image.Image,  # [3, H, W] uint8, or of any mode
@@ -158,12 +166,12 @@ def picture_rows(
     rows: dict[str, Iterable],   # by label: as many pictures in every row, uint8 tensors [3, H, W] or PIL images
     titles: Sequence[str] = (),  # above the columns
     size: float = 1.3,           # inches a picture
-) -> Figure:
+) -> ShownFigure:
     "Rows of pictures, the label of each at its left; pixels stay visible."
     pictures = [[_array(picture) for picture in row] for row in rows.values()]
     columns = max(map(len, pictures))
     margin = 0.08 * max(len(line) for label in rows for line in label.split("\n"))  # inches a letter
-    figure = Figure((size * columns + margin, size * len(rows) + 0.2), layout="constrained", facecolor="white")
+    figure = ShownFigure((size * columns + margin, size * len(rows) + 0.2), layout="constrained", facecolor="white")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for ax, picture in zip(axes.flat, (picture for row in pictures for picture in row)):
         ax.imshow(picture, interpolation="nearest")

@@ -27,13 +27,13 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .degradation import HR_SIZE
 from .detection import PartDetector
 from .faces import FaceSet, Pixels, read_pixels
-from .heatmaps import heatmap, Recipe
+from .heatmaps import Recipe, heatmap
+from .images import ShownFigure
 
 # %% ../nbs/05_store.ipynb #8f2acc94
 SCHEMA = "facesr heatmaps 1"
@@ -577,9 +577,9 @@ def mean_map(
     return total / len(names)
 
 # %% ../nbs/05_store.ipynb #a196ede1
-def coverage_figure(store: HeatmapStore) -> Figure:
+def coverage_figure(store: HeatmapStore) -> ShownFigure:
     "The mean map, and how often each class was found."
-    figure = Figure(figsize=(7, 2.6), layout="constrained", facecolor="white")
+    figure = ShownFigure(figsize=(7, 2.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
     figure.colorbar(left.imshow(mean_map(store, store.names), cmap="magma", vmin=0), ax=left, fraction=0.046)
     left.set_title("mean heatmap", fontsize=9)

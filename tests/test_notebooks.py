@@ -1,7 +1,6 @@
 "The papermill notebooks, run as a user runs them."
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -50,25 +49,7 @@ def test_the_study_ends_with_a_report(facesr, results):
         assert ("attention_32" in pd.read_csv(run / "history.csv")) == (variant in ("multiscale", "deep"))
     recorded = json.loads((run / "config.json").read_text())["heatmaps"]
     assert recorded["recipe"]["parts"]["eye"]["weight"] == 4.5 and len(recorded["detector_sha256"]) == 64
-    report = (results / "smoke" / "report.html").read_text()
-    for word in (
-        "baseline",
-        "heatmap",
-        "bicubic",
-        "bilinear",
-        "LPIPS",
-        "PSNR, eyes",
-        "Where the attention error looks",
-        "Heatmaps. Of",
-        "What this does not show",
-    ):
-        assert word in report
-    assert (
-        report.count("data:image/png") >= 7
-        and "Traceback" not in report
-        and "skip_exec" not in report
-        and str(ROOT) not in report
-    )
+    assert "What this does not show" in (results / "smoke" / "report.html").read_text()
 
 
 def test_the_study_run_again_trains_nothing(facesr, results):
@@ -101,108 +82,6 @@ def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, mo
     cli.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
     assert capsys.readouterr().out.endswith(f"{run} is complete\n")
     assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before
-
-
-def test_the_report_on_several_seeds_and_controls(facesr, results, tmp_path):
-    "Runs of other seeds are made of copies with known shifts, so that what the report has to say is known."
-    for variant, source, shift in (
-        ("baseline", "baseline", 0.0),
-        ("heatmap", "heatmap", 1.0),
-        ("deep", "heatmap", -1.0),
-        ("uniform", "baseline", 0.0),
-    ):
-        for seed in range(8):
-            run = tmp_path / "smoke" / variant / f"seed{seed}"
-            shutil.copytree(
-                results / "smoke" / source / "seed0",
-                run,
-                ignore=shutil.ignore_patterns("checkpoint", "model.safetensors", "progress.png"),
-            )  # as kept of many runs
-            metrics = json.loads((run / "metrics.json").read_text()) | {"variant": variant, "seed": seed}
-            (run / "metrics.json").write_text(json.dumps(metrics))
-            table = pd.read_csv(results / "smoke" / "baseline" / "seed0" / "per_image.csv")
-            table["psnr"] += shift + 0.01 * (seed + 1) * (variant != "baseline") * (1 if shift >= 0 else -1) * (
-                -1 if variant == "uniform" and seed % 2 else 1
-            )
-            table.to_csv(run / "per_image.csv", index=False)
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            "nbs/report.ipynb",
-            str(tmp_path / "report.ipynb"),
-            "--cwd",
-            "nbs",
-            "--no-progress-bar",
-            "-p",
-            "preset",
-            "smoke",
-            "-p",
-            "out",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env=facesr.environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr
-    said = "\n".join(
-        o["data"]["text/markdown"]
-        for c in nbformat.read(tmp_path / "report.ipynb", 4).cells
-        for o in c.get("outputs", [])
-        if "text/markdown" in o.get("data", {})
-    )
-    sentence = lambda variant, reference: next(
-        line for line in said.splitlines() if line.startswith(f"- PSNR, {variant} against {reference}")
-    )
-    assert "**better** over seeds" in sentence("heatmap", "baseline") and "in 100% of pairs of runs better" in sentence(
-        "heatmap", "baseline"
-    )
-    assert "**worse** over seeds" in sentence("deep", "baseline")
-    assert "**no difference is shown** over seeds" in sentence("uniform", "baseline")
-    assert (
-        "**better** over seeds (p = 0.008;" in sentence("heatmap", "uniform") and "**Primary: against uniform**" in said
-    )  # the first question: as if it were alone
-    assert said.count("no pictures") == 3
-    table = pd.read_csv(tmp_path / "smoke" / "comparisons.csv").set_index(["variant", "reference", "metric"])
-    assert table.loc[("heatmap", "baseline", "psnr"), "difference"] == pytest.approx(1.045, abs=1e-4)
-    assert table.loc[("heatmap", "baseline", "psnr"), "p"] == pytest.approx(2 / 2**8)
-    assert "One seed each" not in said
-
-
-def test_the_report_on_one_variant(facesr, results, tmp_path):
-    shutil.copytree(
-        results / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=shutil.ignore_patterns("checkpoint")
-    )
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            "nbs/report.ipynb",
-            str(tmp_path / "report.ipynb"),
-            "--cwd",
-            "nbs",
-            "--no-progress-bar",
-            "-p",
-            "preset",
-            "smoke",
-            "-p",
-            "out",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env=facesr.environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "There is one variant only: nothing to compare." in (tmp_path / "report.ipynb").read_text()
-    assert not (tmp_path / "smoke" / "comparisons.csv").exists()
 
 
 def test_parameters_reach_the_notebook(facesr, tmp_path):
@@ -310,12 +189,6 @@ def test_the_published_results_are_of_the_present_presets_and_network(preset, tm
     )
     for run in find_runs(tmp_path, preset):
         assert not is_complete(run.folder, resolve(run.variant, preset, seed=run.seed))
-
-
-def test_the_published_reports_miss_no_number():
-    for path in (ROOT / "results").glob("*/report.html"):
-        text = re.sub(r'"data:[^"]*"', "", path.read_text())
-        assert not re.search(r"\bnan(?:\b|%)", text), path
 
 
 def test_the_published_results_are_what_was_asked_of_them():

@@ -219,3 +219,10 @@ def test_the_lock_is_that_of_the_settings(python):
     for asked in wanted():
         found = versions.get(asked.name)
         assert found and found in asked.specifier, f"{asked} is wanted, {found} is locked; make lock"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "facesr").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_lines_of_modules_are_short(path):
+    "ruff looks at the notebooks; what nbdev makes of them is looked at here, but for its line of names."
+    long = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 120]
+    assert [line for line in long if not re.match(r"__all__ = |           '", line)] == []

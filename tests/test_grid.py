@@ -10,7 +10,8 @@ import psutil
 import pytest
 from conftest import FACESR, ROOT
 
-from facesr import cli
+from facesr import execution
+from facesr.cli import study_command
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -21,21 +22,11 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
             raise RuntimeError("out of luck")
         made.append(variant)
 
-    monkeypatch.setattr(cli, "run_notebook", run)
-    monkeypatch.setattr(cli, "execute", lambda *a: None)
-    monkeypatch.setattr(cli, "write_report", lambda *a: None)
+    monkeypatch.setattr(execution, "run_notebook", run)
+    monkeypatch.setattr(execution, "execute", lambda *a: None)
+    monkeypatch.setattr("facesr.reporting.write_report", lambda *a: None)
     with pytest.raises(RuntimeError, match="1 of 8 runs failed: heatmap \\(seed 3\\): out of luck"):
-        cli.study(
-            preset="smoke",
-            seed=3,
-            seeds=1,
-            controls=True,
-            data=None,
-            out=tmp_path,
-            workers=1,
-            scheduler="",
-            notebooks=ROOT / "nbs",
-        )
+        study_command("smoke", seed=3, seeds=1, controls=True, out=tmp_path, notebooks=ROOT / "nbs")
     assert made == ["baseline", "multiscale", "deep", "uniform", "edges", "shuffled", "mean"]
     assert "heatmap (seed 3) failed: out of luck" in capsys.readouterr().err
 
@@ -72,11 +63,10 @@ def test_a_run_that_dask_gives_up_is_named(monkeypatch, capsys):
             return future
 
     monkeypatch.setattr(distributed, "Client", GivenUp)
-    monkeypatch.setattr(cli, "run_notebook", len)  # a run that is over at once
+    monkeypatch.setattr(execution, "run_notebook", len)  # a run that is over at once
+    runs = {f"{variant} (seed 0)": (variant,) for variant in ("baseline", "heatmap")}
     with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
-        failed = cli.run_all(
-            {"baseline (seed 0)": ("baseline",), "heatmap (seed 0)": ("heatmap",)}, scheduler=cluster.scheduler_address
-        )
+        failed = execution.run_on_cluster(runs, scheduler=cluster.scheduler_address)
     assert failed == {"heatmap (seed 0)": "Dask says it is cancelled; start again"}
     said = capsys.readouterr()
     assert said.out == "baseline (seed 0) done\n" and said.err.startswith("heatmap (seed 0) failed: ")
@@ -87,12 +77,17 @@ def test_a_scheduler_that_is_not_there_is_named(facesr, tmp_path):
     assert done.returncode == 1 and "tcp://127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
 
 
+def kernel_of(state, process):
+    "The kernel below `process` that holds the lock of the run whose checkpoint this is."
+    below = psutil.Process(process.pid).children(recursive=True)
+    kernels = [p for p in below if "ipykernel_launcher" in " ".join(p.cmdline())]
+    return next((k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None)
+
+
 def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
-    "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint and ends with the same bits."
-    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"} | {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
+    "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint, to the same bits."
+    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     study = [FACESR, "study", "--preset", "smoke", "--workers", "2", "--out", str(tmp_path / "killed")]
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(study, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -100,15 +95,7 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     while killed is None:
         assert process.poll() is None, (tmp_path / "log").read_text()
         for state in (tmp_path / "killed" / "smoke").glob("*/seed0/checkpoint/state.pt"):
-            kernels = [
-                p
-                for p in psutil.Process(process.pid).children(recursive=True)
-                if "ipykernel_launcher" in " ".join(p.cmdline())
-            ]
-            kernel = next(
-                (k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None
-            )  # the one that holds the run's lock
-            if kernel:
+            if kernel := kernel_of(state, process):
                 killed = state.parent.parent.parent.name
                 worker = kernel.parent()
                 kernel.send_signal(signal.SIGKILL)
@@ -119,20 +106,11 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     said = (tmp_path / "log").read_text()
     assert f"{killed} (seed 0) done" in said and said.count("continuing seed0 at step") == 1
 
-    subprocess.run(
-        [FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=900,
-    )
+    train = [FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")]
+    subprocess.run(train, cwd=ROOT, env=environment, check=True, timeout=900)
     runs = [tmp_path / which / "smoke" / killed / "seed0" for which in ("killed", "whole")]
     assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
     assert len({(run / "per_image.csv").read_bytes() for run in runs}) == 1
-    assert sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json")) == [
-        "baseline",
-        "deep",
-        "heatmap",
-        "multiscale",
-    ]
-    assert json.loads((tmp_path / "killed" / "smoke" / killed / "seed0" / "config.json").read_text())["threads"] == 1
+    complete = sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json"))
+    assert complete == ["baseline", "deep", "heatmap", "multiscale"]
+    assert json.loads((runs[0] / "config.json").read_text())["threads"] == 1

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from facesr import cli
+from facesr import execution
 from facesr.runs import find_runs
 from facesr.study import resolve
 from facesr.runs import is_complete
@@ -78,8 +78,8 @@ def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, mo
     shutil.copytree(results / "smoke" / "deep", tmp_path / "smoke" / "deep")
     run = tmp_path / "smoke" / "deep" / "seed0"
     before = {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()}
-    monkeypatch.setattr("facesr.training.is_complete", lambda *a: False)  # in this process, not in that of the notebook
-    cli.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
+    monkeypatch.setattr(execution, "is_complete", lambda *a: False)  # in this process, not in that of the notebook
+    execution.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
     assert capsys.readouterr().out.endswith(f"{run} is complete\n")
     assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before
 

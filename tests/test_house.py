@@ -88,7 +88,16 @@ def source(cell):
 
 def only_imports(cell):
     found = (ast.Import, ast.ImportFrom)
-    return all(isinstance(statement, found) for statement in house.parse(source(cell)).body)
+    statements = [
+        inner
+        for statement in house.parse(source(cell)).body
+        for inner in (statement.body if _for_types_only(statement) else [statement])
+    ]
+    return all(isinstance(statement, found) for statement in statements)
+
+
+def _for_types_only(statement):
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
 
 
 def exported(name):

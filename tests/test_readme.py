@@ -1,4 +1,6 @@
-"Every figure in the README is read from results/ by index.ipynb: its code is run again here, on the results as they are and on results that were changed."
+"""Every figure in the README is read from results/ by index.ipynb.
+
+Its code is run again here, on the results as they are and on results that were changed."""
 
 import json
 import re

@@ -974,7 +974,7 @@ def limits_of_controls(
         said.append(
             f"The absolute error takes room from the VGG error: the VGG error's share of the loss is "
             f"{share['baseline']:.0%} with `baseline` and {share['uniform']:.0%} with `uniform` (last epoch). "
-            "A smaller share alone might bring more decibels and more LPIPS (AlexNet); "
+            "A smaller share alone might bring more decibels, and more (worse) LPIPS by AlexNet; "
             "a baseline with as small a share was not trained."
         )
     return said

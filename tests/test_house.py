@@ -86,7 +86,15 @@ def source(cell):
     return "".join(cell["source"])
 
 
+def imports(statement):
+    "Whether a statement imports, or imports under a condition (TYPE_CHECKING)."
+    return isinstance(statement, (ast.Import, ast.ImportFrom)) or (
+        isinstance(statement, ast.If) and all(map(imports, statement.body + statement.orelse))
+    )
+
+
 def only_imports(cell):
+<<<<<<< HEAD
     found = (ast.Import, ast.ImportFrom)
     statements = [
         inner
@@ -98,6 +106,9 @@ def only_imports(cell):
 
 def _for_types_only(statement):
     return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+=======
+    return all(map(imports, house.parse(source(cell)).body))
+>>>>>>> environment
 
 
 def exported(name):

@@ -94,21 +94,7 @@ def imports(statement):
 
 
 def only_imports(cell):
-<<<<<<< HEAD
-    found = (ast.Import, ast.ImportFrom)
-    statements = [
-        inner
-        for statement in house.parse(source(cell)).body
-        for inner in (statement.body if _for_types_only(statement) else [statement])
-    ]
-    return all(isinstance(statement, found) for statement in statements)
-
-
-def _for_types_only(statement):
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
-=======
     return all(map(imports, house.parse(source(cell)).body))
->>>>>>> environment
 
 
 def exported(name):

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -32,9 +31,11 @@ from PIL import Image
 from torch import Tensor
 
 from .degradation import HR_SIZE, LR_SIZE, interpolate, to_float, to_uint8
-from .metrics import psnr
 from .model import SuperResolutionUNet, parameter_count
 from .study import CONTROLS, VARIANTS, Config
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 # %% ../nbs/14_runs.ipynb #7ab91e54
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -277,6 +278,8 @@ def choose_shown(
     hr: Tensor,  # [N, 3, 128, 128] uint8
 ) -> list[tuple[int, str, float]]:  # row, why, PSNR of bicubic interpolation (dB)
     "Twelve faces, by a rule that looks at no network."
+    from facesr.metrics import psnr  # takes a second to import, and commands import this module
+
     score = torch.cat([psnr(to_uint8(interpolate(to_float(x))), y) for x, y in zip(lr.split(256), hr.split(256))])
     order, last = score.argsort(stable=True).tolist(), len(score) - 1
     middle = len(score) // 2
@@ -390,8 +393,10 @@ def _shrink(data: dict[str, Any]) -> None:
     data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/14_runs.ipynb #9b1a2f00
-def as_published(notebook: nbformat.NotebookNode) -> str:
+def as_published(notebook: "NotebookNode") -> str:
     "The executed notebook as a file: without this machine, with small pictures. The parameters stay in their cell."
+    import nbformat  # takes a second to import, too
+
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         for key in ("papermill", "execution"):

@@ -192,6 +192,7 @@ def execute(name: str) -> None:
             cell.source += "".join(f"\n{key} = {value!r}" for key, value in given.items())
         client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
         client.resources, client.store_widget_state = {"metadata": {"path": str(NOTEBOOKS)}}, False
+        client.coalesce_streams = True
         client.execute(env=environment)
         for cell, source in zip(asked, sources):
             cell.source = source

@@ -18,7 +18,7 @@ from typing import Any
 import nbformat
 
 from .faces import find_data
-from .runs import as_published, is_complete, run_folder, write_atomically
+from .runs import as_published, is_complete, mark_complete, run_folder, sweep, write_atomically
 from .study import grid, resolve
 
 # %% ../nbs/19_execution.ipynb #90481c83
@@ -88,14 +88,16 @@ def run_notebook(
     config = resolve(variant, preset, seed=seed)
     folder = run_folder(out, config)
     if is_complete(folder, config, find_data()[0].resolve()):
+        sweep(folder)
         print(f"{folder} is complete", flush=True)
         return
     print(f"{folder}: training {variant}", flush=True)
     which = {"variant": variant, "preset": preset, "seed": seed}
-    how = {"out": os.path.relpath(out, notebooks), "again": False}
+    how = {"out": os.path.relpath(out, notebooks), "again": False, "kept": True}
     try:
         done = execute(notebooks / "train.ipynb", folder / "checkpoint" / "train.ipynb", which | how)
         write_atomically(folder / "train.ipynb", as_published(done))
+        mark_complete(folder)
     except NotebookError as error:
         if error.name != "RunComplete":
             raise

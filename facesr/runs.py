@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'SHOWN_QUALITY', 'JPEG_QUALITY', 'write_atomically', 'write_json', 'read_json', 'run_folder', 'run_state',
-           'lock_run', 'differences', 'save_checkpoint', 'load_checkpoint', 'publish', 'made_of', 'is_complete',
-           'CompleteRun', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown',
-           'read_shown', 'provenance', 'as_published']
+           'lock_run', 'differences', 'save_checkpoint', 'load_checkpoint', 'sweep', 'publish', 'mark_complete',
+           'made_of', 'is_complete', 'CompleteRun', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'webp',
+           'shown_picture', 'Shown', 'read_shown', 'provenance', 'as_published']
 
 # %% ../nbs/14_runs.ipynb #62d1a828
 import base64
+import errno
 import io
 import json
+import math
 import os
-import pickle
 import platform
+import secrets
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,39 +39,66 @@ from .study import CONTROLS, VARIANTS, Config
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+# %% ../nbs/14_runs.ipynb #8d37e81d
+def _regular(path: Path) -> Path:
+    "The file that is meant: there, or not there yet. Raises OSError where something else has its name."
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not target.is_file():
+        found = "a folder" if target.is_dir() else "no regular file (a device, a pipe, or a link to itself)"
+        raise OSError(f"{path} is {found}; name another file")
+    return target
+
 # %% ../nbs/14_runs.ipynb #7ab91e54
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     "Write a file whole or not at all. Raises OSError that names the file."
-    part = path.with_name(path.name + ".part")
+    target = _regular(path)
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}; make room or choose another folder, and start again"
-        ) from error
+        mend = "make room or choose another folder, and start again" if error.errno in _FULL else "choose another place"
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; {mend}") from error
     finally:
         with suppress(OSError):  # it is gone when all went well
             part.unlink()
 
 # %% ../nbs/14_runs.ipynb #2afab327
+def _finite(content: Any) -> Any:
+    "The same with None for every number that JSON does not know."
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 # %% ../nbs/14_runs.ipynb #1082f772
 def read_json(
     path: Path,
-    *names: str,  # what has to be in it
+    *names: str,       # what has to be in it
+    **kinds: type,     # the same, and of which type
 ) -> dict[str, Any]:
     "A JSON file of a run. Raises ValueError, with what to do, when it is damaged."
     try:
         content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or (absent := [name for name in names if name not in content]):
-            raise ValueError(f"it has no {absent[0]!r}" if isinstance(content, dict) else "it holds no names")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names")
+        for name in (*names, *kinds):
+            if name not in content:
+                raise ValueError(f"it has no {name!r}")
+            if type(content[name]) is not kinds.get(name, type(content[name])):
+                raise ValueError(f"its {name!r} is {str(content[name])[:40]!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); restore it, or remove the folder {path.parent} to make the run again"
@@ -93,7 +122,7 @@ def run_folder(
     config: Config,
 ) -> Path:
     "results/<preset>/<variant>/seed<k>"
-    return Path(out) / config.preset / config.variant / f"seed{config.seed}"
+    return Path(out).expanduser() / config.preset / config.variant / f"seed{config.seed}"
 
 # %% ../nbs/14_runs.ipynb #cfdb85a1
 def run_state(
@@ -115,8 +144,8 @@ def lock_run(
     work = folder / "checkpoint"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / "lock", timeout=timeout, is_singleton=True)
-        lock.acquire()
+        lock = FileLock(work / "lock", is_singleton=True)
+        lock.acquire(timeout)
     except Timeout:
         raise RuntimeError(
             f"{work} is in use: another process is training this run; wait for it, or choose another out"
@@ -155,8 +184,8 @@ def load_checkpoint(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        then = state.pop("settings")
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        then = dict(state.pop("settings"))
+    except Exception as error:  # a damaged or hostile file can fail anywhere
         raise ValueError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); remove it to start this run anew"
         ) from error
@@ -167,18 +196,48 @@ def load_checkpoint(
         )
     return state
 
+# %% ../nbs/14_runs.ipynb #1770ca7c
+def sweep(
+    folder: Path,  # of a run
+) -> None:
+    "Remove what is left over, unless another process is at work there."
+    work = folder / "checkpoint"
+    left = list(work.glob("*.part"))
+    if run_state(folder) == "complete":
+        left += [*folder.glob("*.part"), *(path for path in (work / "state.pt", work / "published") if path.exists())]
+    with suppress(OSError, RuntimeError):
+        if left:
+            lock = lock_run(folder, 0)
+            for path in left:
+                path.unlink(missing_ok=True)
+            lock.release()
+
 # %% ../nbs/14_runs.ipynb #32323023
 def publish(
     folder: Path,             # of the run, with all of RUN_FILES in its checkpoint folder
     made_of: dict[str, Any],  # what `made_of` says
+    notebook: bool = False,   # train.ipynb is still to come; who writes it marks the run as complete
 ) -> None:
     "The run's files appear; the checkpoint goes."
     work = folder / "checkpoint"
-    (folder / "train.ipynb").unlink(missing_ok=True)  # of an earlier making
+    (work / "complete").unlink(missing_ok=True)
+    for name in ("metrics.json", "train.ipynb"):  # of an earlier making
+        (folder / name).unlink(missing_ok=True)
     for name in RUN_FILES:
         (work / name).replace(folder / name)
-    write_json(work / "complete", made_of)
-    (work / "state.pt").unlink()
+    write_json(work / "published", made_of)
+    if not notebook:
+        mark_complete(folder)
+
+# %% ../nbs/14_runs.ipynb #b9f8f50d
+def mark_complete(
+    folder: Path,  # of a published run, with all that belongs to it
+) -> None:
+    "Nothing is left to do; the checkpoint goes."
+    work = folder / "checkpoint"
+    with suppress(FileNotFoundError):  # another process has done it
+        (work / "published").replace(work / "complete")
+    sweep(folder)
 
 # %% ../nbs/14_runs.ipynb #abb9c45b
 def made_of(
@@ -193,8 +252,8 @@ def made_of(
 # %% ../nbs/14_runs.ipynb #00eb7797
 def _published_as(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
     "The same of a run that came with the repository, which does not know where its faces were."
-    recorded = read_json(folder / "config.json", "config")["config"]
-    parameters = read_json(folder / "metrics.json", "parameters")["parameters"]
+    recorded = read_json(folder / "config.json", config=dict)["config"]
+    parameters = read_json(folder / "metrics.json", parameters=int)["parameters"]
     return {name: recorded.get(name) for name in now} | {"parameters": parameters, "data": now["data"]}
 
 # %% ../nbs/14_runs.ipynb #4eaf1bd3
@@ -237,15 +296,23 @@ class CompleteRun:
         return self.variant if self.seed == 0 else f"{self.variant} (seed {self.seed})"
 
 # %% ../nbs/14_runs.ipynb #756af022
+def _numbers(found: dict[str, Any], *names: str) -> dict[str, Any]:
+    "The same with NaN for every null that has one of the names."
+    return {name: math.nan if value is None and name in names else value for name, value in found.items()}
+
+
 def read_run(
     folder: Path,  # of a complete run
 ) -> CompleteRun:
     "Raises ValueError where one of its files is damaged."
-    metrics = read_json(folder / "metrics.json", "variant", "seed")
-    recorded = read_json(folder / "config.json", "config", "faces", "versions", "threads")
+    metrics = read_json(folder / "metrics.json", variant=str, seed=int)
+    if "test" in metrics:
+        test = read_json(folder / "metrics.json", test=dict)["test"]
+        metrics["test"] = {name: _numbers(dict(found), "mean", "low", "high") for name, found in test.items()}
+    recorded = read_json(folder / "config.json", config=dict, faces=dict, versions=dict, threads=int)
     which = {name: metrics[name] for name in ("variant", "seed")}
     made = {name: recorded[name] for name in ("config", "faces", "threads")}
-    return CompleteRun(folder, **which, **made, metrics=metrics, torch=recorded["versions"]["torch"])
+    return CompleteRun(folder, **which, **made, metrics=metrics, torch=str(recorded["versions"].get("torch")))
 
 # %% ../nbs/14_runs.ipynb #6924e0a4
 def find_runs(
@@ -253,11 +320,10 @@ def find_runs(
     preset: str,
 ) -> list[CompleteRun]:   # in the order of VARIANTS and CONTROLS, then by seed
     "All complete runs under a preset. Raises FileNotFoundError when there is none, ValueError where one is damaged."
-    runs = [read_run(path.parent) for path in Path(out, preset).glob("*/seed*/metrics.json")]
+    folder = Path(out, preset).expanduser()
+    runs = [read_run(path.parent) for path in folder.glob("*/seed*/metrics.json")]
     if not runs:
-        raise FileNotFoundError(
-            f"there is no complete run in {Path(out, preset)}; make study PRESET={preset} makes them"
-        )
+        raise FileNotFoundError(f"there is no complete run in {folder}; make study PRESET={preset} makes them")
     order = [*VARIANTS, *CONTROLS]
     place = {variant: i for i, variant in enumerate(order)}
     return sorted(runs, key=lambda run: (place.get(run.variant, len(order)), run.seed))
@@ -328,18 +394,18 @@ def read_shown(
     folder: Path,  # of a complete run
 ) -> Shown:
     "Its shown.webp, with what metrics.json says of it. Raises ValueError where it is damaged."
-    about = read_json(folder / "metrics.json", "shown")["shown"]
+    about = read_json(folder / "metrics.json", shown=list)["shown"]
     path = folder / "shown.webp"
     try:
+        columns = [[_numbers(face, "bicubic_psnr")[name] for face in about] for name in ("name", "why", "bicubic_psnr")]
         sheet = torch.from_numpy(np.array(Image.open(path, formats=("WEBP",)).convert("RGB"))).permute(2, 0, 1)
         rows = [torch.stack(row.split(HR_SIZE, -1)) for row in sheet.split(HR_SIZE, -2)]
         enlarged, sr, hr = (row.view(len(about), 3, HR_SIZE, HR_SIZE) for row in rows)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a damaged picture can fail anywhere
         raise ValueError(
             f"{path} cannot be read ({error}); restore it, or remove {folder} to have it made again"
         ) from error
     lr = to_uint8(torch.nn.functional.avg_pool2d(to_float(enlarged), HR_SIZE // LR_SIZE))
-    columns = ([face[name] for face in about] for name in ("name", "why", "bicubic_psnr"))
     return Shown(*columns, lr, sr, hr)
 
 # %% ../nbs/14_runs.ipynb #beb8c1af

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'VARIANTS', 'CONTROLS', 'PUBLISHED', 'PRESETS', 'GRIDS', 'AttentionMap', 'Supervision', 'grid', 'Config',
-           'resolve', 'given_parameters']
+           'resolve', 'given_parameters', 'as_folder', 'as_switch']
 
 # %% ../nbs/12_study.ipynb #3a2ea222
 import difflib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from .degradation import KERNELS
 from .model import CONVS
@@ -106,7 +107,7 @@ class Config(BaseModel):
     # which run
     variant: str = Field("baseline", description="what is studied, a name in VARIANTS or CONTROLS")
     preset: str = Field("quick", description="what the variants share, a name in PRESETS")
-    seed: int = Field(0, ge=0, description="of initial weights, order of faces, flips and crops")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order of faces, flips and crops")
     # faces
     needs_celeba: bool = Field(False, description="refuse to run on other faces")
     train_faces: int | None = Field(None, ge=1, description="at most so many, the first by name; None: all")
@@ -127,7 +128,9 @@ class Config(BaseModel):
     attention_weight: float = Field(0.0, ge=0, description="of the attention error; 0: without heatmaps")
     attention_map: AttentionMap = Field("heatmap", description="what weighs the attention error")
     supervision: Supervision = Field("output", description="where squared and attention error are computed")
-    heatmaps: str = Field("", description="a store of one's own; empty: OUT/heatmaps, by the bundled detector")
+    heatmaps: str = Field(
+        "", coerce_numbers_to_str=True, description="a store of one's own; empty: OUT/heatmaps, by the bundled detector"
+    )
     # optimisation
     epochs: int = Field(8, ge=1, description="passes over the training faces")
     batch_size: int = Field(16, ge=1, description="faces a step, over all devices together")
@@ -174,8 +177,9 @@ def resolve(
     """The configuration of `variant` under `preset`.
 
     Raises ValueError, in one sentence, for an unknown name or a value that is not allowed."""
-    chosen = PRESETS.get(preset, {}) | (VARIANTS | CONTROLS).get(variant, {}) | overrides
+    named = {"preset": PRESETS, "variant": VARIANTS | CONTROLS}
     try:
+        chosen = named["preset"].get(str(preset), {}) | named["variant"].get(str(variant), {}) | overrides
         config = Config(**chosen | {"variant": variant, "preset": preset})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
@@ -196,3 +200,30 @@ def given_parameters(
         for name, value in namespace.items()
         if name not in before | {"before", "parameters"} and not name.startswith("_")
     }
+
+# %% ../nbs/12_study.ipynb #906617fa
+def as_folder(
+    name: str,   # of the parameter
+    value: Any,
+) -> Path:
+    "The folder that is meant, ~ being that of the user. Raises ValueError for what names none."
+    text = str(value) if type(value) is int or isinstance(value, Path) else value
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"{name} is {value!r}; it has to be the name of a folder (papermill keeps a text as it is with -r {name})"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not known here
+        raise ValueError(f"{name} is {value!r}; {error}") from error
+
+# %% ../nbs/12_study.ipynb #acde4f44
+def as_switch(
+    name: str,   # of the parameter
+    value: Any,
+) -> bool:
+    "Whether it is on. Raises ValueError for what is neither."
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{name} is {value!r}; allowed are true and false") from None

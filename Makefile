@@ -20,6 +20,8 @@ TORCH  ?=
 PYTHON ?= python3
 $(if $(filter-out 1 yes true 0 no,$(CONTROLS)),$(error CONTROLS is '$(CONTROLS)'; allowed are 1, yes, true for the controls too, and 0, no or nothing for the variants alone))
 $(if $(filter-out cpu,$(TORCH)),$(error TORCH is '$(TORCH)'; allowed are cpu, and nothing for the build with CUDA))
+# What was given reaches a recipe through its environment, not through its text: it may hold quotes and spaces.
+export PRESET SEED SEEDS WORKERS SCHEDULER DATA OUT NB
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -55,8 +57,8 @@ lock: .venv/ready
 	mv requirements.lock.part requirements.lock
 
 study: .venv/ready
-	$(bin)/facesr study --preset '$(PRESET)' --seed '$(SEED)' --out '$(OUT)' --workers '$(WORKERS)' \
-	  $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(filter 1 yes true,$(CONTROLS)),--controls) $(if $(SCHEDULER),--scheduler '$(SCHEDULER)') $(if $(DATA),--data '$(DATA)')
+	$(bin)/facesr study --preset "$$PRESET" --seed "$$SEED" --out "$$OUT" --workers "$$WORKERS" \
+	  $${SEEDS:+--seeds "$$SEEDS"} $(if $(filter 1 yes true,$(CONTROLS)),--controls) $${SCHEDULER:+--scheduler "$$SCHEDULER"} $${DATA:+--data "$$DATA"}
 
 prepare: .venv/ready
 	$(bin)/nbdev_clean
@@ -79,4 +81,4 @@ lab: .venv/ready
 	$(bin)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/upscale.ipynb
 
 notebooks: .venv/ready
-	$(bin)/python nbs/execute.py $(NB)
+	$(bin)/python nbs/execute.py $$NB

@@ -1,6 +1,24 @@
 __version__ = "0.1.0"
 
 
+def main() -> None:
+    "The command `facesr`. What it imports takes seconds, in which Ctrl-C and whatever is broken end in a sentence, too."
+    import os
+    import sys
+
+    try:
+        from facesr.cli import main as command
+    except KeyboardInterrupt:
+        print("interrupted, before anything was done", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("FACESR_DEBUG"):
+            raise
+        print(f"error: facesr cannot start ({type(error).__name__}: {error}); install it again", file=sys.stderr)
+        raise SystemExit(1) from None
+    command()
+
+
 def __getattr__(name: str):
     "Upscaler, imported when it is asked for: `import facesr` alone costs nothing."
     if name == "Upscaler":

@@ -10,22 +10,33 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'NewStoreArgument', 'NamesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption',
            'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption',
            'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
-           'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption', 'study_command', 'given_settings',
-           'train_command', 'print_store', 'heatmaps_make', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export',
-           'outcome_line', 'upscale_command', 'known_people', 'people_of', 'summary_lines', 'evaluate_command',
-           'export_onnx_command', 'main']
+           'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption', 'FORESEEN', 'home', 'path',
+           'study_command', 'given_settings', 'train_command', 'print_store', 'heatmaps_make', 'file_format',
+           'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people',
+           'people_of', 'number', 'summary_lines', 'evaluate_command', 'export_onnx_command', 'is_foreseen',
+           'lacks_memory', 'sentence_of', 'flush_output', 'run_app', 'knows_home', 'some_home', 'main']
 
 # %% ../nbs/20_cli.ipynb #e17a8751
+import builtins
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import pandas as pd
 import typer
+from matplotlib.figure import Figure
 
 from .degradation import KERNELS
 from .detection import find_detector
-from .execution import faces_folder, hand_over, run_in_a_row, run_on_cluster, run_report, study_runs
+from facesr.execution import (
+    NotebookError, faces_folder, hand_over, run_in_a_row, run_on_cluster, run_report, study_runs,
+)
 from .faces import SPLITS, find_faces, read_people
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, read_parts
 from .runs import write_atomically
@@ -45,6 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help=f"8x face super-resolution, studied. {PLAUSIBLE}",
+    epilog="With FACESR_DEBUG=1 in the environment, an error shows its traceback.",
 )
 heatmaps_app = typer.Typer(
     no_args_is_help=True,
@@ -52,14 +64,32 @@ heatmaps_app = typer.Typer(
 )
 app.add_typer(heatmaps_app, name="heatmaps")
 
+# %% ../nbs/20_cli.ipynb #4e9b40c9
+def home(
+    text: str | Path,  # a path, or what may be one
+) -> str:
+    "With the home folder in place of a ~ at its beginning, which a shell leaves in --out=~/faces."
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise typer.BadParameter(f"there is no home folder {text.split('/')[0]}; write ./{text} for that name")
+    return found
+
+
+def path(text: str | Path) -> Path:
+    "What was typed for a path."
+    return Path(home(text))
+
 # %% ../nbs/20_cli.ipynb #aa3d68dc
 PresetOption = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
 SeedOption = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 DataOption = Annotated[
     Path | None,
-    typer.Option(help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces."),
+    typer.Option(
+        parser=path,
+        help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.",
+    ),
 ]
-OutOption = Annotated[Path, typer.Option(help="Where results are kept.")]
+OutOption = Annotated[Path, typer.Option(parser=path, help="Where results are kept.")]
 
 # %% ../nbs/20_cli.ipynb #eb0d9091
 SeedsOption = Annotated[
@@ -74,7 +104,7 @@ SchedulerOption = Annotated[
     str,
     typer.Option(help="Address of a Dask scheduler whose workers see the same folders (needs the extra 'cluster')."),
 ]
-NotebooksOption = Annotated[Path, typer.Option(help="The folder with train.ipynb and report.ipynb.")]
+NotebooksOption = Annotated[Path, typer.Option(parser=path, help="The folder with train.ipynb and report.ipynb.")]
 
 # %% ../nbs/20_cli.ipynb #d8243b6e
 @app.command("study")
@@ -124,7 +154,7 @@ def given_settings(
     overrides = dict(item.split("=", 1) for item in items)
     if clash := overrides.keys() & {"variant", "preset", "seed"}:
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
-    return overrides
+    return {name: home(value) if name == "heatmaps" else value for name, value in overrides.items()}
 
 # %% ../nbs/20_cli.ipynb #0f5ad713
 @app.command("train")
@@ -147,8 +177,9 @@ def train_command(
 StoreOption = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="The store; made, or added to. Default: where training looks for it, results/heatmaps/ (OUT/heatmaps/ of"
-        " other results); to be named for any other detector or recipe."
+        " other results); to be named for any other detector or recipe.",
     ),
 ]
 SplitOption = Annotated[
@@ -160,12 +191,16 @@ SkipOption = Annotated[
 
 # %% ../nbs/20_cli.ipynb #3f0d811e
 DetectorOption = Annotated[
-    str, typer.Option(help="bundled, world (YOLO-World, fetched once), or a .pt file of Ultralytics.")
+    str,
+    typer.Option(
+        parser=home, help="bundled, world (YOLO-World, fetched once), or a .pt file of Ultralytics."
+    ),
 ]
 PartsOption = Annotated[
     Path | None,
     typer.Option(
-        help="Your own table of classes: CSV with class,weight,fade; for YOLO-World the classes are the prompts."
+        parser=path,
+        help="Your own table of classes: CSV with class,weight,fade; for YOLO-World the classes are the prompts.",
     ),
 ]
 ConfidenceOption = Annotated[
@@ -218,7 +253,7 @@ def heatmaps_make(
     if out is None and (chosen or parts or use_confidence or detector != "bundled"):
         raise ValueError(
             "the default store is for the bundled detector as it is;"
-            " name another with --out, and give it to a run as heatmaps"
+            " name another with --out, and give it to a run: facesr train VARIANT --set heatmaps=STORE"
         )
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
@@ -227,29 +262,47 @@ def heatmaps_make(
     print_store(make_heatmaps(place, faces.images, names, network, recipe, skip_unreadable=skip_unreadable))
 
 # %% ../nbs/20_cli.ipynb #8e40b1f7
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="An HDF5 store of heatmaps.")]
-FigureOption = Annotated[Path | None, typer.Option(help="Also draw it: a .png or .pdf file.")]
+StoreArgument = Annotated[
+    Path, typer.Argument(parser=path, metavar="STORE", help="An HDF5 store of heatmaps.")
+]
+FigureOption = Annotated[Path | None, typer.Option(parser=path, help="Also draw it: a .png or .pdf file.")]
+
+
+def file_format(
+    path: Path,  # of a figure to be written
+) -> str:
+    "As matplotlib calls it. Raises ValueError for a name that does not say."
+    known, found = Figure().canvas.get_supported_filetypes(), path.suffix.lower().removeprefix(".")
+    if found not in known:
+        raise ValueError(f"{path}: the end of the name has to say which kind of picture it is: .{', .'.join(known)}")
+    return found
 
 
 @heatmaps_app.command("show")
 def heatmaps_show(store: StoreArgument, figure: FigureOption = None):
     "How many faces, how often each class was found, and the recipe."
+    kind = file_format(figure) if figure else ""
     found = HeatmapStore(store)
     print_store(found)
     if figure:
-        coverage_figure(found).savefig(figure, dpi=110)
+        coverage_figure(found).savefig(drawn := BytesIO(), format=kind, dpi=110)
+        write_atomically(figure, drawn.getvalue())
 
 # %% ../nbs/20_cli.ipynb #24d9f06b
 PublishedArgument = Annotated[
-    str, typer.Argument(metavar="IN", help="A published file (one dataset `heatmaps`), or its http(s) address.")
+    str,
+    typer.Argument(
+        parser=home, metavar="IN", help="A published file (one dataset `heatmaps`), or its http(s) address."
+    ),
 ]
-NewStoreArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The store to make.")]
+NewStoreArgument = Annotated[Path, typer.Argument(parser=path, metavar="OUT", help="The store to make.")]
 NamesOption = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="Whose the rows are: a text file, a name a line, in the order of the rows."
         " Default: IN.names.txt where `export` left it, else CelebA's first training images,"
-        " as in the files of 10,000, 30,000 and 50,000 rows that were published."
+        " as in the files of 10,000, 30,000 and 50,000 rows that were published.",
     ),
 ]
 
@@ -266,7 +319,9 @@ def heatmaps_import(source: PublishedArgument, out: NewStoreArgument, names: Nam
 # %% ../nbs/20_cli.ipynb #4bed8c0a
 PublishedOut = Annotated[
     Path,
-    typer.Argument(metavar="OUT", help="The HDF5 file to write; beside it OUT.names.txt with the names of its rows."),
+    typer.Argument(
+        parser=path, metavar="OUT", help="The HDF5 file to write; beside it OUT.names.txt with the names of its rows."
+    ),
 ]
 
 
@@ -280,18 +335,24 @@ def heatmaps_export(store: StoreArgument, out: PublishedOut):
 # %% ../nbs/20_cli.ipynb #9c4556b8
 SourceArgument = Annotated[
     Path,
-    typer.Argument(metavar="IN", help="An image, or a folder of images at any depth; other files are left alone."),
+    typer.Argument(
+        parser=path, metavar="IN", help="An image, or a folder of images at any depth; other files are left alone."
+    ),
 ]
 OutputsArgument = Annotated[
     Path,
     typer.Argument(
+        parser=path,
         metavar="OUT",
         help="For an image: a file, or a folder. For a folder: a folder; outputs have the names of inputs, as .png.",
     ),
 ]
 SheetOption = Annotated[
     Path | None,
-    typer.Option(help=f"Also a picture of input, bicubic and output side by side, of the first {SHEET_FACES} faces."),
+    typer.Option(
+        parser=path,
+        help=f"Also a picture of input, bicubic and output side by side, of the first {SHEET_FACES} faces.",
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Faces at a time.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute, as PyTorch names it: cpu, cuda, mps.")]
@@ -312,7 +373,7 @@ ExistingOption = Annotated[
     ),
 ]
 WEIGHTS_HELP = f"Weights in the package ({', '.join(pretrained())}), or the model.safetensors of a run."
-WeightsOption = Annotated[str, typer.Option(help=WEIGHTS_HELP)]
+WeightsOption = Annotated[str, typer.Option(parser=home, help=WEIGHTS_HELP)]
 
 # %% ../nbs/20_cli.ipynb #1c25d818
 def outcome_line(
@@ -350,10 +411,13 @@ def upscale_command(
         raise typer.Exit(3 if outcome.written or outcome.kept else 1)
 
 # %% ../nbs/20_cli.ipynb #a5454cff
-MadeArgument = Annotated[Path, typer.Argument(metavar="OUTPUTS", help="A folder of 128x128 images.")]
+MadeArgument = Annotated[
+    Path, typer.Argument(parser=path, metavar="OUTPUTS", help="A folder of 128x128 images.")
+]
 TargetsArgument = Annotated[
     Path,
     typer.Argument(
+        parser=path,
         metavar="TARGETS",
         help="A folder with the target of each, of the same name; the suffix does not matter.",
     ),
@@ -371,7 +435,8 @@ DegradationOption = Annotated[str, typer.Option(help=f"How inputs were made from
 PeopleOption = Annotated[
     Path | None,
     typer.Option(
-        help="CelebA's identity_CelebA.txt, which has to name every image: intervals over people instead of images."
+        parser=path,
+        help="CelebA's identity_CelebA.txt, which has to name every image: intervals over people instead of images.",
     ),
 ]
 NoLpipsOption = Annotated[
@@ -381,7 +446,7 @@ IdentityOption = Annotated[
     bool, typer.Option("--identity", help="Also identity and landmarks (needs the extra 'identity').")
 ]
 TableOption = Annotated[
-    Path | None, typer.Option(help="Also a CSV with a row an image; one that is there is replaced.")
+    Path | None, typer.Option(parser=path, help="Also a CSV with a row an image; one that is there is replaced.")
 ]
 
 # %% ../nbs/20_cli.ipynb #ae8666fa
@@ -406,6 +471,14 @@ def people_of(
     return [known[Path(name).name] for name in names]
 
 # %% ../nbs/20_cli.ipynb #ed73c384
+def number(
+    value: float | None,  # None, NaN: there is none
+    decimals: int,
+) -> str:
+    "A number as it is printed."
+    return "–" if value is None or value != value else f"{value:.{decimals}f}"
+
+
 def summary_lines(
     table: pd.DataFrame,  # a row an image: name, person where that is known, metrics
 ) -> list[str]:
@@ -416,9 +489,10 @@ def summary_lines(
     lines = []
     for name, found in summarise(table).items():
         metric = METRICS[name]
-        mean, low, high = (f"{found[key]:.{metric.decimals}f}" for key in ("mean", "low", "high"))
+        mean, low, high = (number(found[key], metric.decimals) for key in ("mean", "low", "high"))
+        interval = "" if low == "–" else f"   {low} to {high}"  # a single image, or person, has none
         fewer = f"   ({found['n']:,} images)" if found["n"] < len(table) else ""
-        lines.append(f"{metric.heading:26} {mean:>8}   {low} to {high}{fewer}")
+        lines.append(f"{metric.heading:26} {mean:>8}{interval}{fewer}")
     known = "person" in table
     people = f" of {table['person'].nunique():,} people" if known else ""
     units = "people" if known else "images"
@@ -447,14 +521,15 @@ def evaluate_command(
     table = evaluate_files(outputs, targets, evaluator, prepare, progress=True)
     if people:
         table.insert(1, "person", people_of(table["name"], known, people))
-    if out:
-        write_atomically(out, table.to_csv(index=False))
     print(*summary_lines(table), sep="\n")
+    if out:
+        write_atomically(out, table.to_csv(index=False).encode(errors="backslashreplace"))
 
 # %% ../nbs/20_cli.ipynb #7f1be429
-WeightsArgument = Annotated[str, typer.Argument(metavar="WEIGHTS", help=WEIGHTS_HELP)]
+WeightsArgument = Annotated[str, typer.Argument(parser=home, metavar="WEIGHTS", help=WEIGHTS_HELP)]
 OnnxOption = Annotated[
-    Path, typer.Option(help="The file to write, one that is there is replaced (needs the extra 'onnx').")
+    Path,
+    typer.Option(parser=path, help="The file to write, one that is there is replaced (needs the extra 'onnx')."),
 ]
 
 
@@ -464,23 +539,102 @@ def export_onnx_command(weights: WeightsArgument, onnx: OnnxOption):
     export_onnx(Upscaler.from_pretrained(weights).network, onnx)
     print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
 
+# %% ../nbs/20_cli.ipynb #b359ca54
+FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError)
+
+
+def is_foreseen(error: BaseException) -> bool:
+    "Whether its message may be taken for a sentence of the library; of a notebook, what its cell raised."
+    kind = getattr(builtins, error.name, RuntimeError) if isinstance(error, NotebookError) else type(error)
+    return issubclass(kind, FORESEEN)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    "Whether memory of the machine, or of a GPU, was not enough."
+    kind = error.name if isinstance(error, NotebookError) else type(error).__name__
+    return "MemoryError" in kind or "can't allocate memory" in str(error)
+
+# %% ../nbs/20_cli.ipynb #145e1d59
+def sentence_of(
+    error: BaseException,
+) -> str:
+    "What is said of an exception."
+    kind = error.name if isinstance(error, NotebookError) else type(error).__name__
+    said = str(error).strip()
+    if lacks_memory(error):
+        return (
+            f"the memory is not enough ({said or kind}); close other programs,"
+            " or ask for less: fewer faces, or a smaller --batch-size of facesr upscale"
+        )
+    if said and is_foreseen(error):
+        return said
+    return f"{kind}: {said or 'nothing more is known'} (with FACESR_DEBUG=1 before the command it shows where)"
+
+# %% ../nbs/20_cli.ipynb #79d04364
+def flush_output() -> None:
+    "What was printed is written. Raises OSError that says so where it cannot be, a full disk for example."
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at its end
+        raise OSError(f"what the command prints cannot be written: {error.strerror}; make room") from error
+
+
+def run_app() -> None:
+    "The command, until it ends. Raises what it ends with."
+    try:
+        app()
+    except SystemExit as end:
+        hidden = end.__context__ and end.__context__.__cause__
+        if isinstance(hidden, EOFError):  # typer says "Aborted!", and nothing else
+            raise hidden
+        if sys.stdout:
+            flush_output()
+        raise
+
+# %% ../nbs/20_cli.ipynb #d9137824
+def knows_home() -> bool:
+    "Whether the user has a home folder by name."
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
+
+
+@contextmanager
+def some_home() -> Iterator[None]:
+    "The user's home folder, or a temporary one."
+    if knows_home():
+        yield
+        return
+    with TemporaryDirectory() as folder:
+        os.environ["HOME"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
+
 # %% ../nbs/20_cli.ipynb #0d3f1e46
 def main() -> None:
     """The command `facesr`.
 
     Exit codes: 0 done, 1 failed (the last line says why), 2 wrong usage, 3 done but for some files, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except SystemExit as end:
-        if end.code == 130:  # typer's, after Ctrl-C
-            print(
-                "interrupted; what is finished stays, and the same command goes on from there"
-                " (facesr upscale with --existing skip)",
-                file=sys.stderr,
-            )
-        raise
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1)
+        with some_home():
+            run_app()
+    except (SystemExit, KeyboardInterrupt) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # 130 is typer's, after Ctrl-C
+            raise
+        print(
+            "interrupted; what is finished stays, and the same command goes on from there"
+            " (facesr upscale with --existing skip)",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+    except BaseException as error:  # a panic of safetensors is no Exception
+        if os.environ.get("FACESR_DEBUG"):
+            traceback.print_exc()
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        raise SystemExit(1) from None

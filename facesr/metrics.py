@@ -373,7 +373,9 @@ def evaluate(
 def _by_name(folder: str | Path) -> dict[str, Path]:
     "The images of a folder by their path without suffix."
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is not there; it has to be a folder of images")
+        found = "is a file" if Path(folder).exists() else "is not there"
+        unpack = " (an archive: unpack it first)" if Path(folder).exists() else ""
+        raise FileNotFoundError(f"{folder} {found}; it has to be a folder of images{unpack}")
     files, _ = image_files(Path(folder))
     if not files:
         raise FileNotFoundError(f"there is no image in {folder}")
@@ -394,8 +396,8 @@ def _read_face(path: Path, crop: bool) -> Image.Image:
         raise ValueError(f"{path}: {error}") from error
     if not crop and image.size != (HR_SIZE, HR_SIZE):
         raise ValueError(
-            f"{path} is {image.width}x{image.height}; it has to be {HR_SIZE}x{HR_SIZE}, or, of a target, prepared as "
-            "'face-crop'"
+            f"{path} is {image.width}x{image.height}; it has to be {HR_SIZE}x{HR_SIZE}"
+            " (targets that are face crops: --prepare face-crop, prepare='face-crop')"
         )
     return hr_face(image) if crop else image
 

@@ -11,7 +11,10 @@ import pandas as pd
 import pytest
 from conftest import BUNDLED, ROOT
 
-from facesr.reporting import write_report
+from facesr import reporting
+from facesr.degradation import INTERPOLATIONS
+from facesr.runs import find_runs
+from facesr.statistics import summarise
 
 VARIANTS = ("baseline", "heatmap")
 
@@ -62,7 +65,7 @@ def reported(facesr, trained):
 
 
 def test_the_report_is_a_page(trained, reported, tmp_path):
-    write_report(reported, tmp_path / "report.html")
+    reporting.write_report(reported, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for word in (
         "Does the map help?",
@@ -114,11 +117,11 @@ def copy_shifted(trained, out, variant, source, seed, shift):
     run = out / "smoke" / variant / f"seed{seed}"
     left_out = shutil.ignore_patterns("checkpoint", "model.safetensors")
     shutil.copytree(trained / "smoke" / source / "seed0", run, ignore=left_out)
-    metrics = json.loads((run / "metrics.json").read_text()) | {"variant": variant, "seed": seed}
-    (run / "metrics.json").write_text(json.dumps(metrics))
     table = pd.read_csv(trained / "smoke" / "baseline" / "seed0" / "per_image.csv")
     table["psnr"] += shift
     table.to_csv(run / "per_image.csv", index=False)
+    changed = {"variant": variant, "seed": seed, "test": summarise(table)}
+    (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | changed))
 
 
 @pytest.fixture
@@ -172,3 +175,94 @@ def test_the_published_reports_miss_no_number():
     for path in (ROOT / "results").glob("*/report.html"):
         text = re.sub(r'"data:[^"]*"', "", path.read_text())
         assert not re.search(r"\bnan(?:\b|%)", text), path
+
+
+# Damaged tables
+
+
+def cut(path, rows=slice(None), columns=slice(None)):
+    "Rewrites a table with some of its lines and cells, the header among them."
+    lines = [",".join(line.split(",")[columns]) for line in path.read_text().splitlines()[rows]]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def put(path, row, column, text):
+    "Rewrites one cell; row 0 is the header."
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[row][lines[0].index(column)] = text
+    path.write_text("\n".join(map(",".join, lines)) + "\n")
+
+
+def swap(path, columns=None):
+    "Rows 1 and 2 change places; or only these cells do."
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    columns = columns or list(table)
+    table.loc[[0, 1], columns] = table.loc[[1, 0], columns].to_numpy()
+    table.to_csv(path, index=False)
+
+
+DAMAGE = {
+    "a row gone": (lambda path: cut(path, rows=slice(0, -1)), "it has 7 rows, and the run was tested on 8 faces"),
+    "the header gone": (lambda path: cut(path, rows=slice(1, None)), "it has no column 'name'"),
+    "a column gone": (lambda path: cut(path, columns=slice(0, -1)), "it has no column 'ms_ssim_published'"),
+    "a cell of the header gone": (lambda path: put(path, 0, "psnr", "x"), "it has no column 'psnr'"),
+    "a row twice": (lambda path: path.write_text(path.read_text() + path.read_text().splitlines()[-1]), "twice"),
+    "rows swapped": (swap, "not those of the test faces in the order of their names"),
+    "names swapped": (lambda path: swap(path, ["name"]), "not those of the test faces in the order of their names"),
+    "values swapped": (lambda path: swap(path, ["psnr", "ssim"]), "when it was made: it was changed"),
+    "another number": (lambda path: put(path, 3, "lpips_vgg", "0.01"), "when it was made: it was changed"),
+    "infinite": (lambda path: put(path, 3, "psnr", "inf"), "row 3 has 'inf' as psnr, where a number has to be"),
+    "nothing": (lambda path: put(path, 3, "ssim", ""), "row 3 has nothing as ssim, where a number has to be"),
+    "a text": (lambda path: put(path, 3, "psnr", "2l.5"), "row 3 has '2l.5' as psnr, where a number has to be"),
+    "an endless text": (lambda path: put(path, 3, "psnr", "9x" * 100_000), "row 3 has '9x9x"),
+    "an endless name": (lambda path: put(path, 3, "name", "x" * 200_000), "not those of the test faces"),
+    "not UTF-8": (lambda path: path.write_bytes(path.read_text().encode("utf-16")), "codec can't decode"),
+    "empty": (lambda path: path.write_text(""), "No columns to parse"),
+    "an open quote": (lambda path: put(path, 3, "name", '"a'), "EOF inside string"),
+    "absent": (lambda path: path.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_a_damaged_table_is_refused(trained, tmp_path, damage, first):
+    "Whether it is the table of the first run or of another."
+    left_out = shutil.ignore_patterns("checkpoint", "*.safetensors", "figures")
+    shutil.copytree(trained / "smoke", tmp_path / "smoke", ignore=left_out)
+    runs = find_runs(tmp_path, "smoke")
+    assert [len(seeds[0]) for seeds in reporting.read_tables(runs).values()] == [8, 8]
+    path, (change, sentence) = runs[not first].folder / "per_image.csv", DAMAGE[damage]
+    change(path)
+    with pytest.raises(ValueError) as refused:
+        reporting.read_tables(runs)
+    assert str(refused.value).startswith(f"{path} cannot be used (") and sentence in str(refused.value)
+    assert str(refused.value).endswith(f"restore it, or remove the folder {path.parent} to make the run again")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda path: cut(path, rows=slice(0, -1)), "its rows are not the epochs 1 to 2"),
+        (lambda path: cut(path, rows=slice(1, None)), "it has no column 'epoch'"),
+        (lambda path: put(path, 0, "mse", "x"), "it has no column 'mse'"),
+        (lambda path: put(path, 1, "val_psnr", "many"), "row 1 has 'many' as val_psnr"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "codec can't decode"),
+    ],
+)
+def test_a_damaged_history_is_refused(trained, tmp_path, change, sentence):
+    shutil.copytree(trained / "smoke" / "baseline", tmp_path / "smoke" / "baseline")
+    (run,) = find_runs(tmp_path, "smoke")
+    change(run.folder / "history.csv")
+    with pytest.raises(ValueError) as refused:
+        reporting.read_histories([run])
+    assert sentence in str(refused.value) and f"remove the folder {run.folder}" in str(refused.value)
+
+
+def test_the_published_tables_are_those_of_the_runs():
+    home = ROOT / "results" / "celeba"
+    runs = find_runs(ROOT / "results", "celeba")
+    assert {len(table) for seeds in reporting.read_tables(runs).values() for table in seeds.values()} == {2500}
+    assert len(reporting.read_histories(runs)) == sum(run.config["epochs"] for run in runs)
+    assert {len(reporting.read_interpolation(home, method, runs[0])) for method in INTERPOLATIONS} == {2500}
+    for name in ("coverage", "map_weights", "slices"):
+        assert not reporting.kept_table(home / f"{name}.csv", None).empty

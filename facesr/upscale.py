@@ -8,6 +8,8 @@ __all__ = ['Preparation', 'PREPARATIONS', 'Taken', 'Small', 'WEIGHTS', 'DEFAULT_
            'upscale_files', 'export_onnx']
 
 # %% ../nbs/18_upscale.ipynb #2522509f
+import errno
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -63,16 +65,21 @@ class Preparer:
         self.device = device
         self.finder = None  # made when it is first needed
 
+    def ready(self, prepare: str | None) -> None:
+        "Raises what stands in the way of a preparation whatever the image, such as a detector that cannot be read."
+        _check_prepare(prepare)
+        if prepare == "detect":
+            self.finder = self.finder or FaceFinder(self.device)
+
     def __call__(
         self,
         image: Image.Image | str | Path,    # an image of any mode, or a file of one
         prepare: str | None = None,         # a name in PREPARATIONS; None: the image is 16x16
     ) -> Image.Image:                       # 16x16 RGB
         "The small image. Raises ValueError that says what was found and what is allowed."
-        _check_prepare(prepare)
+        self.ready(prepare)
         image = upright_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         if prepare == "detect":
-            self.finder = self.finder or FaceFinder(self.device)
             image = self.finder(image)
         if prepare is None and image.size != (LR_SIZE, LR_SIZE):
             raise ValueError(
@@ -239,7 +246,7 @@ class Upscaler:
         self,
         network: SuperResolutionUNet,        # trained; moved to `device` and set to evaluation
         device: str | torch.device = "cpu",  # where it computes
-        batch_size: int = 16,                # faces at a time, at least 1: bounds the memory
+        batch_size: int = 16,                # faces at a time, at least 1: bounds the memory, takes part in rounding
     ):
         "Raises ValueError for a device that this PyTorch cannot use, or a batch size below 1."
         if batch_size < 1:
@@ -264,6 +271,7 @@ class Upscaler:
         prepare: str | None = None,  # a name in PREPARATIONS; None: images are 16x16
     ) -> Any:                        # 128x128, the same kind; an image for a path
         "The faces, up-scaled. Raises ValueError that says what was found and what is allowed."
+        self.small.ready(prepare)  # no fault of any image
         small, parts = partial(self.small, prepare=prepare), []
         for first, part in _batches(images, self.batch_size):
             take = _taken_list if isinstance(part, (list, tuple)) else _taken_one
@@ -276,11 +284,17 @@ class Upscaler:
         self,
         lr: Tensor,  # [N, 3, 16, 16] float in [-1, 1]
     ) -> Tensor:     # [N, 3, 128, 128] float in [-1, 1], on the CPU
-        "The network itself, a batch at a time."
+        """The network itself, a batch at a time.
+
+        A batch that is not full is filled up: the network rounds otherwise in a batch of another size, and a face has
+        to come out the same whichever others go with it."""
         sr = torch.empty(len(lr), 3, HR_SIZE, HR_SIZE)
         for first in range(0, len(lr), self.batch_size):
-            part = lr[first : first + self.batch_size].to(self.device, memory_format=torch.channels_last)
-            sr[first : first + len(part)] = self.network(part).clamp(-1, 1)
+            part = lr[first : first + self.batch_size]
+            batch = torch.zeros(self.batch_size, *part.shape[1:])
+            batch[: len(part)] = part
+            made = self.network(batch.to(self.device, memory_format=torch.channels_last))
+            sr[first : first + len(part)] = made[: len(part)].clamp(-1, 1)
         return sr
 
 # %% ../nbs/18_upscale.ipynb #c5e480c6
@@ -304,9 +318,12 @@ def planned_outputs(
     if source.is_file():
         return {source: _output_of_file(source, out)}, 0
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is not there; it has to be an image or a folder of images")
-    if out.resolve() == source.resolve():
+        found = "is neither a file nor a folder" if os.path.lexists(source) else "is not there"
+        raise FileNotFoundError(f"{source} {found}; it has to be an image or a folder of images")
+    if os.path.realpath(out) == os.path.realpath(source):
         raise ValueError(f"{out} is the folder of the inputs; choose another for the outputs")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"{out} is no folder; the outputs of a folder need one")
     found, others = image_files(source, leave_out=out)
     if not found:
         raise FileNotFoundError(f"there is no image in {source}; looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -317,8 +334,8 @@ def planned_outputs(
 # %% ../nbs/18_upscale.ipynb #e8d6c5d1
 def _check_places(outputs: dict[Path, Path], sheet: Path | None) -> None:
     "Raises ValueError where an input would be overwritten, or an output by another or by the sheet."
-    places = Counter(path.resolve() for path in [*outputs.values(), *([sheet] if sheet else [])])
-    if clash := places.keys() & {path.resolve() for path in outputs}:
+    places = Counter(map(os.path.realpath, [*outputs.values(), *([sheet] if sheet else [])]))
+    if clash := places.keys() & set(map(os.path.realpath, outputs)):
         raise ValueError(
             f"{min(clash)} is one of the inputs and would be overwritten; choose another place for the outputs"
         )
@@ -354,16 +371,16 @@ def side_by_side(
 # %% ../nbs/18_upscale.ipynb #a6cab155
 def _upscaled(
     upscaler: Upscaler,
-    todo: dict[Path, Path],               # the output of each input
+    todo: list[Path],                     # the inputs
     prepare: str | None,
     failed: dict[Path, str],              # gets the reason of each input that cannot be done
     progress: bool,                       # show a bar
-) -> Iterator[tuple[Path, Image.Image]]:  # output, and what belongs there
+) -> Iterator[tuple[Path, Image.Image]]:  # input, and what it becomes
     waiting = {}
-    bar = tqdm(todo.items(), desc="upscale", unit="face", disable=None if progress else True)  # None: unless piped
-    for done, (path, output) in enumerate(bar, start=1):
+    bar = tqdm(todo, desc="upscale", unit="face", disable=None if progress else True)  # None: unless piped
+    for done, path in enumerate(bar, start=1):
         try:
-            waiting[output] = image_tensor(upscaler.small(path, prepare))
+            waiting[path] = image_tensor(upscaler.small(path, prepare))
         except ValueError as error:
             failed[path] = str(error)
         if waiting and (len(waiting) == upscaler.batch_size or done == len(todo)):
@@ -403,13 +420,35 @@ def _check_options(prepare: str | None, existing: str, sheet: Path | None) -> No
 
 def _already_there(outputs: dict[Path, Path], existing: str, sheet: Path | None) -> set[Path]:
     "The outputs that exist. Raises FileExistsError where they, or the sheet, have to stop everything."
-    there = {path for path in outputs.values() if path.exists()}
-    if existing == "stop" and (there or (sheet and sheet.exists())):
+    there = {path for path in outputs.values() if os.path.exists(path)}  # no error for a name that is too long
+    if existing == "stop" and (there or (sheet and os.path.exists(sheet))):
         raise FileExistsError(
             f"{min(there) if there else sheet} is there already ({len(there)} of {len(outputs)} outputs are); "
             "say what to do with existing outputs: skip or overwrite"
         )
     return there
+
+# %% ../nbs/18_upscale.ipynb #67ac9860
+_OF_ONE_PLACE = {
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.EISDIR: "what is there is no file",
+    errno.ENOTDIR: "a file is where its folder would be",
+    errno.EEXIST: "a file is where its folder would be",
+}
+
+
+def _not_written(output: Path, content: bytes) -> str | None:
+    "Write an output. Returns why that cannot be where it is the trouble of this place alone; otherwise raises OSError."
+    try:
+        if os.path.lexists(os.path.realpath(output)) and not os.path.isfile(output):  # a folder, pipe, device, loop
+            raise IsADirectoryError(errno.EISDIR, "is no file")
+        write_atomically(output, content)
+    except OSError as error:
+        reason = _OF_ONE_PLACE.get(error.errno or getattr(error.__cause__, "errno", None))
+        if not reason:
+            raise
+        return f"{output} cannot be written: {reason}; rename the input, or choose another place"
+    return None
 
 # %% ../nbs/18_upscale.ipynb #37e0c8f2
 @dataclass
@@ -438,14 +477,17 @@ def upscale_files(
     _check_options(prepare, existing, sheet)
     outputs, others = planned_outputs(source, out)
     _check_places(outputs, sheet)
+    upscaler.small.ready(prepare)
     there = _already_there(outputs, existing, sheet)
-    kept = there if existing == "skip" else set()
+    kept = {path for path in there if path.is_file()} if existing == "skip" else set()
     outcome = Outcome(kept=sorted(kept), others=others)
     todo = {path: output for path, output in outputs.items() if output not in kept}
-    for output, image in _upscaled(upscaler, todo, prepare, outcome.failed, progress):
-        write_atomically(output, _encoded(image, output))
-        outcome.written.append(output)
-    if sheet and not (existing == "skip" and sheet.exists()):
+    for path, image in _upscaled(upscaler, list(todo), prepare, outcome.failed, progress):
+        if reason := _not_written(todo[path], _encoded(image, todo[path])):
+            outcome.failed[path] = reason
+        else:
+            outcome.written.append(todo[path])
+    if sheet and not (existing == "skip" and os.path.exists(sheet)):
         made = {path: output for path, output in outputs.items() if path not in outcome.failed}
         if picture := _sheet(upscaler, made, prepare):
             write_atomically(sheet, _encoded(picture, sheet))
@@ -480,7 +522,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  (what torch.onnx is built on)
     except ImportError as error:
         raise ValueError(
-            "ONNX export needs onnx and onnxscript; "
+            f"ONNX export needs onnx and onnxscript ({error}); "
             "install them with: pip install '.[onnx]' in a clone of the repository"
         ) from error
     program = torch.onnx.export(

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
+from io import BytesIO
 
 import numpy as np
 import pytest
 from conftest import BUNDLED, FACESR, ROOT
 from PIL import Image
 
-FACE = sorted(BUNDLED.rglob("*.jpg"))[0]
+from facesr.upscale import Upscaler, upscale_files
+
+FACES = sorted(BUNDLED.rglob("*.jpg"))
+FACE = FACES[0]
 
 
 @pytest.fixture
@@ -42,16 +47,36 @@ def odd_files(tmp_path):
     (folder / "notes.txt").write_text("no image")
     with open(os.fsencode(folder) + b"/not-utf8-\xff.png", "wb"):
         pass
+    (folder / "loop.png").symlink_to("loop.png")
+    for suffix in (".png", ".bmp"):  # their outputs would be called .png.png and .bmp.png
+        face.save(folder / (251 * "n" + suffix))
+    # turned, and a resolution that is text
+    entries = b"\2\0" + b"\x12\1\3\0\1\0\0\0\6\0\0\0" + b"\x1a\1\2\0\4\0\0\0text" + bytes(4)
+    odd = b"Exif\0\0II*\0\x08\0\0\0" + entries
+    face.rotate(90, expand=True).save(folder / "exif.webp", lossless=True, exif=odd)
+    buffer = BytesIO()
+    face.save(buffer, "JPEG", progressive=True)
+    scan = buffer.getvalue()[buffer.getvalue().rindex(b"\xff\xda") : -2]
+    (folder / "scans.jpg").write_bytes(buffer.getvalue()[:-2] + 200 * scan + b"\xff\xd9")
+    for name in ("profile.png", "profiled.webp"):
+        face.save(folder / name, lossless=True, icc_profile=b"damaged")
+    (folder / "folder").mkdir()
+    face.save(folder / "folder" / "blocked.png")
     return folder
 
 
 def test_files_as_they_come(facesr, odd_files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "folder").write_bytes(b"no folder")
     result = facesr("upscale", odd_files, tmp_path / "out", "--prepare", "face-crop")
     assert result.returncode == 3, result.stderr
-    made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out").iterdir()}
-    assert set(made) == {"plain", "cmyk", "grey", "grey16", "palette", "alpha", "turned", "large"}
+    made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out").glob("*.png")}
+    names = {"plain", "cmyk", "grey", "grey16", "palette", "alpha", "turned", "large"}
+    assert set(made) == names | {"exif", "profile", "profiled"}
     # mean difference in steps of 8 bit
-    for name, apart in (("alpha", 0), ("cmyk", 6), ("palette", 6), ("turned", 6), ("large", 6)):
+    for name in ("alpha", "exif", "profile", "profiled"):
+        assert np.array_equal(made[name], made["plain"]), name
+    for name, apart in (("cmyk", 6), ("palette", 6), ("turned", 6), ("large", 6)):
         assert np.abs(made[name] - made["plain"]).mean() <= apart, name
     assert np.abs(made["grey16"] - made["grey"]).max() <= 1
     assert np.ptp(made["grey"], axis=-1).mean() < 30  # what was grey stays about grey
@@ -62,10 +87,17 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
         ("script.png", "no image"),
         ("huge.png", "more than 50,000,000 pixels"),
         ("not-utf8-", "no image"),
+        ("loop.png", "Too many levels of symbolic links"),
+        ("n.png", "n.png.png cannot be written: its name is too long"),
+        ("n.bmp", "n.bmp.png cannot be written: its name is too long"),
+        ("scans.jpg", "gone over 210 times"),
+        ("blocked.png", "blocked.png cannot be written: a file is where its folder would be"),
     ):
         assert [line for line in result.stderr.splitlines() if name in line and reason in line], name
-    assert len(result.stderr.strip().splitlines()) == 6
-    assert result.stdout == f"{tmp_path / 'out'}: 8 written, 6 could not be done; 1 other files left alone\n"
+    named = [line for line in result.stderr.splitlines() if line.startswith(f"{odd_files}{os.sep}")]
+    assert len(named) == 11
+    assert result.stderr.count("colour profile is damaged") == 1 and result.stderr.count("Warning") <= 1
+    assert result.stdout == f"{tmp_path / 'out'}: 11 written, 11 could not be done; 1 other files left alone\n"
 
 
 def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):
@@ -75,6 +107,22 @@ def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):
         "has to be 16x16; say prepare='face-crop' for a face that is cropped already, "
         "prepare='detect' for a photograph with a face in it"
     )
+
+
+def test_a_detector_that_cannot_be_read_is_no_fault_of_the_pictures(monkeypatch, tmp_path):
+    def broken(device):
+        raise ValueError("the detector is damaged")
+
+    monkeypatch.setattr("facesr.upscale.FaceFinder", broken)
+    upscaler = Upscaler.from_pretrained()
+    for attempt in (
+        lambda: upscaler(FACE, prepare="detect"),
+        lambda: upscaler([FACE], prepare="detect"),
+        lambda: upscale_files(upscaler, FACE.parent, tmp_path / "out", prepare="detect"),
+    ):
+        with pytest.raises(ValueError, match="^the detector is damaged$"):
+            attempt()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_place_where_nothing_can_be_written(facesr, odd_files):
@@ -90,6 +138,28 @@ def test_a_full_disk_leaves_no_half_of_a_file(facesr, odd_files, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "cannot be written" in result.stderr.strip().splitlines()[-1]
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_was_stopped_anywhere_ends_the_same(tmp_path):
+    "Outputs do not depend on how many faces were left to do: 37 in one go, and with 1, 8, 27 there before."
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for path in FACES[:37]:
+        (folder / path.name).symlink_to(path)
+    upscaler = Upscaler.from_pretrained()
+    upscale = partial(upscale_files, upscaler, folder, prepare="face-crop", existing="skip")
+    upscale(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for done in (1, 8, 27):
+        out = tmp_path / f"{done}"
+        out.mkdir()
+        for name in sorted(whole)[:done]:
+            (out / name).write_bytes(whole[name])
+        assert len(upscale(out).written) == 37 - done
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole, done
+    alone = {name: upscaler(folder / name.replace(".png", ".jpg"), prepare="face-crop") for name in sorted(whole)[:3]}
+    for name, image in alone.items():
+        assert np.array_equal(image, Image.open(tmp_path / "whole" / name))
 
 
 @pytest.fixture

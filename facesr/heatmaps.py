@@ -7,7 +7,7 @@ __all__ = ['BUNDLED_PARTS', 'PUBLISHED_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA
            'radial', 'patch', 'Recipe', 'heatmap', 'overlay_figure']
 
 # %% ../nbs/04_heatmaps.ipynb #631c43b7
-import csv
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .detection import Detections
+from .faces import read_rows
 from .images import picture_rows
 
 # %% ../nbs/04_heatmaps.ipynb #1111e867
@@ -56,20 +57,23 @@ PUBLISHED_PARTS = {  # the prompts of arXiv 2605.14166, in its order
 }
 
 # %% ../nbs/04_heatmaps.ipynb #492edadd
-def _part_rows(path: Path) -> list[dict[str, str]]:
+def _part_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:  # number of the line, cell by column
     "The rows of a table of parts. Raises ValueError for a file that is none."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file; it has to be CSV with the columns class, weight, fade") from error
-    if not rows or not {"class", "weight"} <= set(rows[0]) <= {"class", "weight", "fade"}:
-        columns = ", ".join(map(str, rows[0])) if rows else "of an empty file"
+    rows = list(read_rows(path, "CSV with the columns class, weight, fade"))
+    columns = rows[0].cells if rows else []
+    known = {"class", "weight"} <= set(columns) <= {"class", "weight", "fade"}
+    if not known or len(set(columns)) < len(columns) or len(rows) < 2:
+        found = ", ".join(columns)[:80] if rows else "of an empty file"
         raise ValueError(
-            f"{path} has the columns {columns}; "
+            f"{path} has the columns {found}; "
             "it has to be CSV with class, weight and, if wanted, fade, and at least one row"
         )
-    return rows
+    for row in rows[1:]:
+        if "," not in row.text or len(row.cells) > len(columns):
+            raise ValueError(
+                f"{path}, line {row.number}: found {row.text[:80]!r}; the columns are {', '.join(columns)}"
+            )
+        yield row.number, dict(zip(columns, row.cells))
 
 # %% ../nbs/04_heatmaps.ipynb #16fb1099
 def read_parts(
@@ -77,13 +81,13 @@ def read_parts(
 ) -> dict[str, Part]:
     "A table of one's own. Raises ValueError, naming the line, for anything else."
     parts: dict[str, Part] = {}
-    for line, row in enumerate(_part_rows(Path(path)), start=2):
-        name = (row["class"] or "").strip()
+    for line, row in _part_rows(Path(path)):
+        name = row.get("class", "")
         try:
             if not name or name in parts:
                 raise ValueError(f"class is {name!r}; it has to be named, and once")
-            parts[name] = Part(float(row["weight"]), (row.get("fade") or "centre").strip())
-        except (TypeError, ValueError) as error:
+            parts[name] = Part(float(row.get("weight", "")), row.get("fade") or "centre")
+        except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from error
     return parts
 

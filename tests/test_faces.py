@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from conftest import BUNDLED
+from PIL import Image
 
 from facesr.degradation import interpolate
 from facesr.faces import find_faces, read_partition, read_pixels, SPLITS
@@ -143,3 +144,17 @@ def test_bicubic_on_celeba_is_where_the_literature_has_it(celeba):
     }
     assert score["bilinear"] == pytest.approx(20.75, abs=0.2)
     assert score["bicubic"] == pytest.approx(21.53, abs=0.2)
+
+
+def test_small_photographs_are_no_targets_and_may_be_left_out(tmp_path):
+    for i in range(1, 41):
+        shutil.copy(BUNDLED / "img_align_celeba" / f"{i:06}.jpg", tmp_path)
+    faces = find_faces(tmp_path)
+    names = faces.names("train", 32)
+    for name, size in zip(names, [(64, 64), (127, 218), (128, 128)]):
+        Image.open(tmp_path / name).resize(size).save(tmp_path / name)
+    sentence = rf"2 of 32 images are too small, the smallest is {names[0]} \(64x64 is smaller than 128x128"
+    with pytest.raises(ValueError, match=sentence):
+        read_pixels(tmp_path, names)
+    pixels = read_pixels(tmp_path, names, skip_unreadable=True)
+    assert pixels.names == names[2:] and pixels.skipped[names[0]] == "64x64 is smaller than 128x128"

@@ -329,7 +329,6 @@ PublishedOut = Annotated[
 def heatmaps_export(store: StoreArgument, out: PublishedOut):
     "Write the published layout: one dataset `heatmaps`, rows in sorted order of the names."
     names = export_published(HeatmapStore(store), out)
-    write_atomically(Path(f"{out}.names.txt"), "\n".join(names) + "\n")
     print(f"{out}: {len(names):,} heatmaps, their names in {out}.names.txt")
 
 # %% ../nbs/20_cli.ipynb #9c4556b8

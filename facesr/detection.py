@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch  # before ultralytics, which otherwise sets OMP_NUM_THREADS to 1
@@ -57,14 +57,26 @@ def cache_folder() -> Path:
     "Where downloaded weights and Ultralytics' settings are kept: facesr in XDG_CACHE_HOME, else ~/.cache."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "facesr"
 
+# %% ../nbs/03_detection.ipynb #7c7c5686
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    "What is imported meanwhile does not learn that there are other processes."
+    names = {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
 # %% ../nbs/03_detection.ipynb #b0052643
 def _ultralytics():
     "The package, imported the first time it is needed (it takes seconds), without its side effects."
     for name, value in {"YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false", "ULTRALYTICS_SAFE_LOAD": "true"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder()))
-    import ultralytics
-    from ultralytics.nn import tasks
+    with _as_one_process():
+        import ultralytics
+        from ultralytics.nn import tasks
 
     tasks.SAFE_LOAD = True  # also when somebody else imported Ultralytics first
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
@@ -90,6 +102,34 @@ def _threads_kept() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
 
+# %% ../nbs/03_detection.ipynb #41b6c65b
+def _device(device: str | torch.device) -> torch.device:
+    "The device that is meant. Raises ValueError for a word that is none."
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; it has to be one of PyTorch's, such as cpu, cuda or cuda:1") from error
+    return torch.device("cpu") if found.type == "cpu" else found
+
+# %% ../nbs/03_detection.ipynb #14c013f7
+def _class_names(
+    table: Any,     # of a network: names by number, from 0 on
+    weights: str,   # where it is from
+) -> tuple[str, ...]:
+    "The names, in the order of their numbers. Raises ValueError for a table that is none."
+    names = dict(enumerate(table)) if isinstance(table, (list, tuple)) else table
+    if (
+        not isinstance(names, dict)
+        or not names
+        or set(names) != set(range(len(names)))
+        or not all(isinstance(name, str) and name for name in names.values())
+    ):
+        raise ValueError(
+            f"{weights} has the class table {str(table)[:80]}; "
+            "it has to name every class by its number, from 0 on: {0: 'eye', 1: 'nose'}"
+        )
+    return tuple(names[number] for number in range(len(names)))
+
 # %% ../nbs/03_detection.ipynb #54a373a2
 class UltralyticsDetector:
     "A `PartDetector` on a YOLO network of Ultralytics."
@@ -102,16 +142,15 @@ class UltralyticsDetector:
         confidence: float,  # boxes below it are dropped
         iou: float,         # of two boxes of one class that overlap more, only the more confident one stays
         size: int,          # pixels a side at which the network works
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
     ):
         "Raises ValueError for a threshold outside [0, 1] or a size that is no multiple of 32."
         if not (0 <= confidence <= 1 and 0 <= iou <= 1):
             raise ValueError(f"confidence is {confidence} and iou is {iou}; both have to be in [0, 1]")
         if size < 32 or size % 32:
             raise ValueError(f"size is {size}; it has to be a multiple of 32")
-        self.yolo, self.device = yolo, device
-        names = yolo.model.names
-        self.classes = tuple(names[i] for i in range(len(names)))
+        self.yolo, self.device = yolo, _device(device)
+        self.classes = _class_names(yolo.model.names, weights)
         thresholds = {"confidence": confidence, "iou": iou, "size": size}
         self.settings = {"weights": weights, "sha256": sha256, "classes": list(self.classes), **thresholds}
         self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
@@ -159,7 +198,7 @@ def _bundled_network(content: bytes) -> "YOLO":
 def bundled_detector(
     confidence: float = 0.25,  # boxes below it are dropped
     iou: float = 0.5,          # of two boxes of one class that overlap more, only the more confident one stays
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     size: int = 128,  # pixels a side at which the network works; it was trained at 128, on pictures that a face fills
 ) -> UltralyticsDetector:
     "Eyes, eyebrows, noses, mouths and faces, without any download."
@@ -167,6 +206,18 @@ def bundled_detector(
     sha256 = hashlib.sha256(content).hexdigest()
     network = _bundled_network(content)
     return UltralyticsDetector(network, "bundled part detector", sha256, confidence, iou, size, device)
+
+# %% ../nbs/03_detection.ipynb #65721277
+@contextmanager
+def _oddities(weights: Path, what: str) -> Iterator[None]:
+    "A damaged, hostile or odd checkpoint can fail anywhere, with anything: all of it becomes one ValueError."
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):  # of the machine, not of the file
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:120]}".splitlines()[0]
+        raise ValueError(f"{weights} {what} ({reason})") from error
 
 # %% ../nbs/03_detection.ipynb #eb7c736e
 def _open_checkpoint(weights: Path) -> "YOLO":
@@ -178,13 +229,13 @@ def _open_checkpoint(weights: Path) -> "YOLO":
             f"there are no detector weights at {weights}; name a .pt file of Ultralytics, 'world' or 'bundled'"
         )
     ultralytics = _ultralytics()
-    try:
+    with _oddities(weights, "cannot be read as an Ultralytics checkpoint"):
         yolo = ultralytics.YOLO(str(weights))
-    except Exception as error:  # a damaged or hostile file can fail anywhere
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        raise ValueError(f"{weights} cannot be read as an Ultralytics checkpoint ({reason})") from error
-    if yolo.task != "detect":
-        raise ValueError(f"{weights} is a network for {yolo.task!r}; it has to be one for 'detect'")
+        task, table, count = yolo.task, yolo.model.names, getattr(yolo.model.model[-1], "nc", None)
+    if task != "detect":
+        raise ValueError(f"{weights} is a network for {task!r}; it has to be one for 'detect'")
+    if (known := len(_class_names(table, str(weights)))) != count:
+        raise ValueError(f"{weights} tells {count} classes apart, and names {known}; it has to name each of them")
     return yolo
 
 # %% ../nbs/03_detection.ipynb #c55a8f4c
@@ -210,11 +261,21 @@ def _tell(yolo: "YOLO", weights: Path, prompts: Sequence[str]) -> None:
             raise ValueError(f"{weights} finds what it is told in words; prompts has to name at least one class")
         if list(prompts) != list(getattr(yolo.model.names, "values", lambda: yolo.model.names)()):
             _encode(yolo, prompts)
-    elif unknown := [word for word in prompts if word not in yolo.names.values()]:
+        return
+    known = _class_names(yolo.model.names, str(weights))
+    if unknown := [word for word in prompts if word not in known]:
         raise ValueError(
             f"{weights} does not know {', '.join(unknown)}; "
-            f"it finds {', '.join(yolo.names.values())} (only YOLO-World looks for any word)"
+            f"it finds {', '.join(known)} (only YOLO-World looks for any word)"
         )
+
+# %% ../nbs/03_detection.ipynb #8b4a9fc6
+def _try_out(yolo: "YOLO", weights: Path) -> None:
+    "Let the network look at one small grey image. Raises ValueError where it cannot."
+    with _threads_kept(), _oddities(weights, "cannot be used as a detector"):
+        grey = np.full((64, 64, 3), 114, np.uint8)
+        yolo.predict([grey], imgsz=64, conf=0.5, iou=0.5, device="cpu", verbose=False, save=False)
+    yolo.predictor = None  # what follows begins anew, with its own settings
 
 # %% ../nbs/03_detection.ipynb #25bbe027
 def checkpoint_detector(
@@ -225,12 +286,13 @@ def checkpoint_detector(
     # of two boxes of one class that overlap more, only the more confident one stays
     iou: float | None = None,          # None: 0.5, for YOLO-World the study's 0.1
     size: int = 640,                   # pixels a side at which the network works
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> UltralyticsDetector:
     "A detector from a file. Raises FileNotFoundError or ValueError with what is missing or wrong."
     weights = Path(weights).expanduser()
     yolo = _open_checkpoint(weights)
     _tell(yolo, weights, prompts or ())
+    _try_out(yolo, weights)
     usual = (0.001, 0.1) if hasattr(yolo, "set_classes") else (0.25, 0.5)
     confidence = confidence if confidence is not None else usual[0]
     iou = iou if iou is not None else usual[1]
@@ -262,7 +324,7 @@ def _fetch_world(place: Path) -> None:
 # %% ../nbs/03_detection.ipynb #52f6a823
 def world_detector(
     prompts: Sequence[str],  # what to look for, in words
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     **settings: float,       # confidence, iou, size of `checkpoint_detector`
 ) -> UltralyticsDetector:
     "YOLO-World as the study uses it (arXiv 2605.14166). Raises FileNotFoundError where its weights cannot be had."
@@ -275,7 +337,7 @@ def world_detector(
 def find_detector(
     detector: str | Path,         # "bundled", "world", or a .pt file of Ultralytics
     prompts: Sequence[str] = (),  # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     **settings: float,            # confidence, iou, size of the detector; left out: what goes with it
 ) -> UltralyticsDetector:
     "The detector that is meant."

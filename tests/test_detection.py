@@ -104,3 +104,50 @@ def test_detections_on_real_faces(celeba):
     found = bundled_detector()(read_pixels(faces.images, faces.names("test", 100)).levels[128])
     complete = [{"eye", "nose", "mouth"} <= set(d.classes) and d.classes.count("eye") >= 2 for d in found]
     assert sum(complete) >= 95
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu", 0)])
+def test_a_device_with_a_number(device):
+    "As accelerate names it where several processes train on CPUs."
+    images = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    by_name, plain = bundled_detector(device=device)(images)[0], bundled_detector()(images)[0]
+    assert by_name.classes == plain.classes and (by_name.boxes == plain.boxes).all()
+
+
+@pytest.mark.parametrize(
+    "field, value, sentence",
+    [
+        ("names", {1: "eye", 2: "eyebrow", 3: "nose", 4: "mouth", 5: "face"}, "has the class table {1: 'eye'"),
+        ("names", {str(i): name for i, name in enumerate("abcde")}, "has the class table"),
+        ("names", "eye", "has the class table eye"),
+        ("names", {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}, "has the class table"),
+        ("names", None, "has the class table None"),
+        ("names", {0: "eye", 1: "eyebrow"}, "tells 5 classes apart, and names 2"),
+        ("names", dict(enumerate("abcdefg")), "tells 5 classes apart, and names 7"),
+        ("stride", "odd", "cannot be used as a detector"),
+        ("stride", None, "cannot be used as a detector"),
+        ("task", ["detect"], "mine.pt "),
+    ],
+)
+def test_a_checkpoint_with_an_odd_field_ends_in_a_sentence(tmp_path, field, value, sentence):
+    yolo = bundled_detector().yolo
+    setattr(yolo.model, field, value)
+    torch.save({"model": yolo.model}, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=sentence):
+        checkpoint_detector(tmp_path / "mine.pt")(torch.zeros(1, 3, 128, 128, dtype=torch.uint8))
+
+
+def test_ultralytics_waits_for_no_other_process():
+    "As `accelerate launch` would start it, of two processes: nobody else imports Ultralytics."
+    code = (
+        "import os, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
+        "os.environ.update(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2')\n"
+        "def barrier(*a, **k): raise SystemExit('waited for other processes')\n"
+        "dist.barrier = barrier\n"
+        "from facesr.detection import _ultralytics\n"
+        "_ultralytics()\n"
+        "print('imported', os.environ['LOCAL_RANK'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "imported 1\n", done.stderr

@@ -65,7 +65,7 @@ from .statistics import compare, direction, is_shown, paired_difference, signed,
 from .store import coverage, HeatmapStore, store_path
 from .study import Config, CONTROLS, PRESETS, PUBLISHED, VARIANTS, VARIED
 
-# %% ../nbs/16_reporting.ipynb #62ce8954
+# %% ../nbs/16_reporting.ipynb #16fad47f
 def folder_named(
     name: str,      # of the parameter
     value: object,  # as papermill hands it over
@@ -183,7 +183,7 @@ def faces_sentence(runs: Sequence[CompleteRun]) -> str:
         f"{ORIGINS[runs[0].faces['origin']]}. Runs: {', '.join(listed)}."
     )
 
-# %% ../nbs/16_reporting.ipynb #07ce59b5
+# %% ../nbs/16_reporting.ipynb #78dda6c2
 @contextmanager
 def usable(
     path: Path,   # of a file that is read
@@ -204,7 +204,7 @@ def run_remedy(run: CompleteRun) -> str:
 
 FACES_REMEDY = "restore it, or remove it and make the report once where the faces are (-p data FOLDER of report.ipynb)"
 
-# %% ../nbs/16_reporting.ipynb #1a9e917f
+# %% ../nbs/16_reporting.ipynb #f7d0ee24
 def check_numbers(
     column: pd.Series,
     empty: bool = False,     # cells may be empty
@@ -220,7 +220,7 @@ def check_numbers(
         found = "nothing" if pd.isna(column.iloc[row]) else repr(str(column.iloc[row])[:40])
         raise ValueError(f"row {row + 1} has {found} as {column.name}, where a number has to be")
 
-# %% ../nbs/16_reporting.ipynb #70b6690d
+# %% ../nbs/16_reporting.ipynb #fb3b0a37
 def read_table(
     path: Path,              # of a csv
     columns: Sequence[str],  # that it has to have
@@ -249,7 +249,7 @@ def kept_table(
             check_numbers(table[name], empty=True)
         return table.set_index(table.columns[0])
 
-# %% ../nbs/16_reporting.ipynb #d1396abd
+# %% ../nbs/16_reporting.ipynb #ddf19e6e
 def check_names(
     names: pd.Series,      # of the rows
     run: CompleteRun,      # whose test faces they have to be
@@ -267,7 +267,7 @@ def check_names(
     if strange := [face["name"] for face in run.metrics["shown"] if face["name"] not in set(names)]:
         raise ValueError(f"it lacks {strange[0]}, which the run shows")
 
-# %% ../nbs/16_reporting.ipynb #a9761e73
+# %% ../nbs/16_reporting.ipynb #36848f43
 def check_scores(
     table: pd.DataFrame,        # a row a test face
     recorded: dict[str, dict],  # what `summarise` said of it when it was made
@@ -291,7 +291,7 @@ def check_metrics(
     for name in names:
         check_numbers(table[name], METRICS[name].group == "parts", name in infinite)
 
-# %% ../nbs/16_reporting.ipynb #d8887944
+# %% ../nbs/16_reporting.ipynb #e085a617
 MEASURED = [name for name, metric in METRICS.items() if metric.group != "identity"]  # by every run
 
 
@@ -335,7 +335,7 @@ def average_seeds(
         averaged[variant] = first[["name", "person"]].join(mean)
     return averaged
 
-# %% ../nbs/16_reporting.ipynb #7b75436d
+# %% ../nbs/16_reporting.ipynb #24caa86e
 def kept_record(
     stamp: Path,           # the .json beside the kept table of an interpolation
 ) -> dict[str, Any]:       # made of, test
@@ -592,11 +592,12 @@ def answer_about(
     if is_shown(row):
         shown = f"{subject} {'gains' if direction(row) == 'better' else 'costs'} PSNR"
     low, high = (f"{row[end]:+.3f}" for end in interval)
-    difference = f"{signed(row['difference'], METRICS['psnr'])} (95 % interval {low} to {high})"
+    told = "no interval" if np.isnan(row[interval[0]]) else f"95 % interval {low} to {high}"
+    difference = f"{signed(row['difference'], METRICS['psnr'])} ({told})"
     number = f"`{row['variant']}` minus `{row['reference']}` is {difference}"
     return f"{ASKED_PLACES[row['metric']].capitalize()} {shown}: {number}."
 
-# %% ../nbs/16_reporting.ipynb #15dada53
+# %% ../nbs/16_reporting.ipynb #50a3ba77
 FACES_OPTION = {"CelebA layout": " --data CELEBA", "folder": " --data FACES", "bundled": ""}  # by origin
 
 
@@ -684,7 +685,7 @@ def difference_cell(
     decimals = max(3, METRICS[row["metric"]].decimals)
     number = f"{row['difference']:+.{decimals}f}"
     if np.isnan(row[interval[0]]):
-        return f"{number}<br><small>one seed</small>"
+        return f"{number}<br><small>{'one seed' if 'p' in row else 'no interval'}</small>"
     low, high = (f"{row[end]:+.{decimals}f}" for end in interval)
     p = f"<br>p = {row['p corrected']:.3f}" if "p" in row else ""
     return (f"<b>{number}</b>" if is_shown(row) else number) + f"<br><small>{low} to {high}{p}</small>"
@@ -732,7 +733,7 @@ def clear_figures(
 ) -> None:
     "Remove the figures of an earlier report, which this one may lack."
     for old in folder.glob("*.*"):
-        if faces or old.stem != "heatmaps":
+        if old.is_file() and (faces or old.stem != "heatmaps"):
             old.unlink()
 
 # %% ../nbs/16_reporting.ipynb #63556def
@@ -1007,7 +1008,7 @@ def heatmap_store(
     place = Path(looking[0].config["heatmaps"] or store_path(out, found.faces))
     return HeatmapStore(place) if place.is_file() else None
 
-# %% ../nbs/16_reporting.ipynb #ee6fb0f9
+# %% ../nbs/16_reporting.ipynb #c79f8d10
 def missing_heatmaps(
     runs: Sequence[CompleteRun],
     found: FoundFaces | None,

@@ -306,6 +306,8 @@ def direction(row: pd.Series) -> str:  # "better" or "worse"
 # %% ../nbs/11_statistics.ipynb #f37c28ce
 def _on_faces(row: pd.Series) -> str:
     "What the interval over people says, in words."
+    if np.isnan(row["low"]):
+        return "no interval; " + ("one person" if row["people"] == 1 else f"{row['people']:,} people")
     low, high = (signed(row[end], METRICS[row["metric"]]) for end in ("low", "high"))
     people = f" of {row['people']:,} people" if row["people"] < row["n"] else ""
     return f"interval over people {low} to {high}; {row['n']:,} faces{people}"

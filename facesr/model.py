@@ -276,8 +276,9 @@ def load_model(
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError("some weights are not finite")
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]  # PyTorch's has several lines
         raise ValueError(
-            f"{path} is not a network of this study ({type(error).__name__}: {str(error)[:120]}); "
+            f"{path} is not a network of this study ({type(error).__name__}: {reason}); "
             "it has to be a safetensors file written by a training run"
         ) from error
     return channels_last(model).eval()

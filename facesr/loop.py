@@ -161,7 +161,7 @@ class Means:
         "The mean over all processes of a distributed run."
         return Means({name: accelerator.reduce(total, "mean") for name, total in self.sums.items()}, dict(self.counts))
 
-# %% ../nbs/13_loop.ipynb #3ac23640
+# %% ../nbs/13_loop.ipynb #5a1c0d22
 def _trained(loop: Loop) -> nn.Module:
     "The network and its heads, without what accelerate or torch.compile has wrapped around them."
     return loop.accelerator.unwrap_model(loop.model, keep_torch_compile=False)
@@ -171,7 +171,7 @@ def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "Weights by the names that they have without torch.compile."
     return {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}
 
-# %% ../nbs/13_loop.ipynb #5a1c0d22
+
 def loop_state(loop: Loop) -> dict[str, Any]:
     "What it takes to go on: tensors and numbers."
     scaler = loop.accelerator.scaler

@@ -401,15 +401,15 @@ def make_images(folder: Path) -> None:
     picture.save(folder / "progressive.jpg", progressive=True, exif=exif, icc_profile=profile)
     picture.convert("CMYK").save(folder / "cmyk.jpg", icc_profile=profile)
     picture.convert("L").save(folder / "grey.png", exif=exif, icc_profile=profile)
-    picture.resize((40, 40)).convert("I").point(lambda x: x * 257).convert("I;16").save(folder / "sixteen.png")
+    picture.resize((136, 136)).convert("I").point(lambda x: x * 257).convert("I;16").save(folder / "sixteen.png")
     picture.quantize(64).save(folder / "palette.png", transparency=3)
-    picture.resize((64, 64)).convert("RGBA").save(folder / "alpha.png")
+    picture.resize((136, 136)).convert("RGBA").save(folder / "alpha.png")
     picture.convert("1").save(folder / "bits.png")
     picture.save(folder / "lossy.webp", exif=exif, icc_profile=profile)
-    picture.resize((64, 64)).convert("RGBA").save(folder / "lossless.webp", lossless=True)
-    picture.resize((64, 64)).save(folder / "animated.webp", save_all=True, append_images=[picture.resize((64, 64))])
-    picture.resize((40, 50)).save(folder / "plain.bmp")
-    picture.resize((40, 50)).quantize(16).save(folder / "palette.bmp")
+    picture.resize((136, 136)).convert("RGBA").save(folder / "lossless.webp", lossless=True)
+    picture.resize((136, 136)).save(folder / "animated.webp", save_all=True, append_images=[picture.resize((136, 136))])
+    picture.resize((136, 140)).save(folder / "plain.bmp")
+    picture.resize((136, 140)).quantize(16).save(folder / "palette.bmp")
 
 
 NAMES = [f"{i:06}.jpg" for i in range(1, 25)]
@@ -807,7 +807,8 @@ def prepared(kind: str, seed: int, readers: dict[str, Reader]) -> Case:
     shutil.rmtree(case.folder, ignore_errors=True)
     shutil.copytree(valid, case.folder)
     pattern = rng.choice(reader.victims)
-    case.victim = rng.choice(sorted(path for path in case.folder.glob(pattern) if path.is_file()))
+    found = sorted(path for path in case.folder.glob(pattern) if path.is_file())
+    case.victim = found[0] if seed == WHOLE else rng.choice(found)
     fitting = [one for one in reader.damages if case.victim.suffix in SUFFIXES.get(one, case.victim.suffix)]
     if case.victim.suffix == ".csv" and damage_table not in fitting:
         fitting += [damage_table] * 2

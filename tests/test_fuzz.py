@@ -10,8 +10,8 @@ import pytest
 from fuzz import Process, Reader, damage_bytes
 
 CASES = {
-    "image": 60, "faces": 10, "table": 150, "store": 40, "shards": 15, "published": 30, "model": 40, "arrays": 40,
-    "weights": 2, "checkpoint": 25, "runs": 60, "report": 25,
+    "image": 40, "faces": 10, "table": 100, "store": 30, "shards": 10, "published": 20, "model": 30, "arrays": 20,
+    "weights": 2, "checkpoint": 25, "runs": 40, "report": 20,
 }
 
 

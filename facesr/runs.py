@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'SHOWN_QUALITY', 'JPEG_QUALITY', 'write_atomically', 'write_json', 'read_json', 'run_folder', 'run_state',
            'lock_run', 'differences', 'save_checkpoint', 'load_checkpoint', 'sweep', 'publish', 'mark_complete',
-           'made_of', 'is_complete', 'CompleteRun', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'webp',
-           'shown_picture', 'Shown', 'read_shown', 'provenance', 'as_published']
+           'made_of', 'is_complete', 'CompleteRun', 'Score', 'RunMetrics', 'Split', 'RunFaces', 'RunConfig', 'read_run',
+           'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown', 'read_shown', 'provenance',
+           'as_published']
 
 # %% ../nbs/14_runs.ipynb #62d1a828
 import base64
@@ -24,12 +25,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from .degradation import HR_SIZE, LR_SIZE, interpolate, to_float, to_uint8
@@ -295,24 +297,81 @@ class CompleteRun:
     def label(self) -> str:
         return self.variant if self.seed == 0 else f"{self.variant} (seed {self.seed})"
 
-# %% ../nbs/14_runs.ipynb #756af022
+# %% ../nbs/14_runs.ipynb #21192a39
 def _numbers(found: dict[str, Any], *names: str) -> dict[str, Any]:
     "The same with NaN for every null that has one of the names."
     return {name: math.nan if value is None and name in names else value for name, value in found.items()}
 
+# %% ../nbs/14_runs.ipynb #17eae17e
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
 
+
+class Score(_Form):
+    "The mean of a metric over the test faces."
+
+    mean: float | None
+    low: float | None = None   # of the 95 % interval
+    high: float | None = None
+    n: int                     # images
+
+
+class RunMetrics(_Form):
+    "metrics.json"
+
+    variant: str
+    seed: int
+    parameters: int | None = None
+    best_epoch: int | None = None
+    training_seconds: float | None = None
+    validation: dict[str, float | None] = {}
+    test: dict[str, Score] = {}
+
+
+class Split(_Form):
+    "The faces of a split: how many, and what tells them from others."
+
+    used: int
+    sha256: str
+
+
+class RunFaces(_Form):
+    splits: dict[Literal["train", "val", "test"], Split] = {}
+
+
+class RunConfig(_Form):
+    "config.json"
+
+    config: dict[str, str | int | float | bool | None]
+    faces: RunFaces
+    versions: dict[str, str]
+    threads: int
+
+# %% ../nbs/14_runs.ipynb #756af022
 def read_run(
     folder: Path,  # of a complete run
 ) -> CompleteRun:
     "Raises ValueError where one of its files is damaged."
-    metrics = read_json(folder / "metrics.json", variant=str, seed=int)
-    if "test" in metrics:
-        test = read_json(folder / "metrics.json", test=dict)["test"]
-        metrics["test"] = {name: _numbers(dict(found), "mean", "low", "high") for name, found in test.items()}
-    recorded = read_json(folder / "config.json", config=dict, faces=dict, versions=dict, threads=int)
+    metrics = _checked(folder / "metrics.json", RunMetrics)
+    recorded = _checked(folder / "config.json", RunConfig)
+    metrics["test"] = {name: _numbers(found, "mean", "low", "high") for name, found in metrics["test"].items()}
     which = {name: metrics[name] for name in ("variant", "seed")}
     made = {name: recorded[name] for name in ("config", "faces", "threads")}
     return CompleteRun(folder, **which, **made, metrics=metrics, torch=str(recorded["versions"].get("torch")))
+
+
+def _checked(path: Path, form: type[BaseModel]) -> dict[str, Any]:
+    "A JSON file of a run, in its form. Raises ValueError, with what to do, when it has another."
+    content = read_json(path)
+    try:
+        return form.model_validate(content).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path} cannot be read ({place}: {first['msg'].lower()}, found {str(first['input'])[:40]!r});"
+            f" restore it, or remove the folder {path.parent} to make the run again"
+        ) from error
 
 # %% ../nbs/14_runs.ipynb #6924e0a4
 def find_runs(

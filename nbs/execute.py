@@ -191,11 +191,12 @@ def execute(name: str) -> None:
         for cell in asked:  # for this time only: papermill would leave a second cell of parameters
             cell.source += "".join(f"\n{key} = {value!r}" for key, value in given.items())
         client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
-        client.resources, client.store_widget_state = {"metadata": {"path": str(NOTEBOOKS)}}, False
+        client.resources = {"metadata": {"path": str(NOTEBOOKS)}}
         client.coalesce_streams = True
         client.execute(env=environment)
         for cell, source in zip(asked, sources):
             cell.source = source
+        notebook.metadata.pop("widgets", None)  # their state; a saved page shows what they have drawn
         cleaned = Path(folder) / path.name
         cleaned.write_text(as_published(notebook).replace(folder, "../results"), encoding="utf-8")
         command = [Path(sys.executable).with_name("nbdev_clean"), "--fname", cleaned]

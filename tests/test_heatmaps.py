@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from facesr.detection import bundled_detector, Detections
+from fuzz import FixedBoxes
+
+from facesr.detection import bundled_detector
 from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
 from facesr.heatmaps import Part, Recipe
 from facesr.losses import attention_weights
@@ -25,16 +27,6 @@ from facesr.store import coverage_figure, export_published, HeatmapStore, import
 FACES = find_faces(BUNDLED)
 NAMES = FACES.names("train", 40)
 RECIPE = Recipe({"eye": Part(4.5), "face": Part(4, "rim")})
-
-
-class FixedBoxes:
-    "A detector without a network: one eye and a face, always at the same places."
-
-    classes, fingerprint, settings = ("eye", "face"), "fixed", {"weights": "none"}
-
-    def __call__(self, images):
-        boxes = np.array([[40, 50, 60, 62], [30, 30, 100, 120]], np.float32)
-        return [Detections(boxes, ["eye", "face"], np.array([0.9, 0.8], np.float32)) for _ in images]
 
 
 def make(path, names=NAMES, **options):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def _class_names(
             f"{weights} has the class table {str(table)[:80]}; "
             "it has to name every class by its number, from 0 on: {0: 'eye', 1: 'nose'}"
         )
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise ValueError(f"{weights} names more than one class {twice[0]!r}; give each a name of its own")
     return tuple(names[number] for number in range(len(names)))
 
 # %% ../nbs/03_detection.ipynb #54a373a2

@@ -7,6 +7,7 @@ __all__ = ['BUNDLED_PARTS', 'PUBLISHED_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA
            'radial', 'patch', 'Recipe', 'heatmap', 'overlay_figure']
 
 # %% ../nbs/04_heatmaps.ipynb #631c43b7
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .detection import Detections
-from .faces import read_rows
+from .faces import NUMBER, read_rows
 from .images import picture_rows
 
 # %% ../nbs/04_heatmaps.ipynb #1111e867
@@ -86,7 +87,9 @@ def read_parts(
         try:
             if not name or name in parts:
                 raise ValueError(f"class is {name!r}; it has to be named, and once")
-            parts[name] = Part(float(row.get("weight", "")), row.get("fade") or "centre")
+            if not re.fullmatch(NUMBER, weight := row.get("weight", "")):
+                raise ValueError(f"weight is {weight[:80]!r}; it has to be a number greater than 0, such as 4.5")
+            parts[name] = Part(float(weight), row.get("fade") or "centre")
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from error
     return parts

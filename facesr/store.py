@@ -16,7 +16,6 @@ import os
 import secrets
 import shlex
 import shutil
-import time
 import urllib.request
 import zlib
 from collections import Counter
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from .degradation import HR_SIZE
 from .detection import PartDetector
-from .faces import FaceSet, Pixels, read_pixels
+from .faces import FaceSet, left_out, Pace, Pixels, read_lines, read_pixels
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, heatmap
 from .images import ShownFigure
 
@@ -521,13 +520,21 @@ def _columns(
 
 # %% ../nbs/05_store.ipynb #627ae967
 def _make_shard(
-    path: Path, pixels: Pixels, detector: PartDetector, recipe: Recipe, batch_size: int, settings: dict[str, Any]
+    path: Path,
+    pixels: Pixels,
+    pace: Pace,
+    detector: PartDetector,
+    recipe: Recipe,
+    batch_size: int,
+    settings: dict[str, Any],
 ) -> None:
     "The rows of up to `SHARD` faces, in a file of their own."
     with _new_file(path, settings) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(pixels.names), batch_size):
-            batch = slice(first, first + batch_size)
-            _append(file, **_columns(pixels.levels[HR_SIZE][batch], pixels.names[batch], detector, recipe, pool))
+            names = pixels.names[first : first + batch_size]
+            hr = pixels.levels[HR_SIZE][first : first + batch_size]
+            _append(file, **_columns(hr, names, detector, recipe, pool))
+            pace.add(len(names))
 
 # %% ../nbs/05_store.ipynb #71d0f991
 def _finished(shards: Path, settings: dict[str, Any]) -> dict[Path, list[str]]:
@@ -544,23 +551,21 @@ def _make_missing(
     shards: Path,
     images: Path,
     missing: Sequence[str],
-    make_shard: Callable[[Path, Pixels], None],
+    make_shard: Callable[[Path, Pixels, Pace], None],
     skip_unreadable: bool,
     report: Callable[[str], None],
-) -> tuple[dict[Path, list[str]], list[str]]:  # shards and their names; what cannot be read
+) -> tuple[dict[Path, list[str]], dict[str, str]]:  # shards and their names; files that give no face, and why
     "The heatmaps that are missing, a shard at a time."
-    made, skipped, started = {}, [], time.monotonic()
+    made, skipped, pace = {}, {}, Pace("heatmaps", len(missing), report)
     for first in range(0, len(missing), SHARD):
         pixels = read_pixels(images, missing[first : first + SHARD], skip_unreadable=skip_unreadable)
-        skipped += pixels.skipped
+        skipped |= pixels.skipped
+        pace.total = len(missing) - len(skipped)
         if not pixels.names:
             continue
         shard = shards / f"{hashlib.sha256('/'.join(pixels.names).encode()).hexdigest()[:16]}.h5"
-        make_shard(shard, pixels)
+        make_shard(shard, pixels, pace)
         made[shard] = pixels.names
-        done = min(first + SHARD, len(missing))
-        rate = done / (time.monotonic() - started)
-        report(f"heatmaps: {done:,} faces, {rate:.0f} faces/s, {(len(missing) - done) / rate:.0f} s left")
     return made, skipped
 
 # %% ../nbs/05_store.ipynb #219a601a
@@ -637,8 +642,7 @@ def make_heatmaps(
         elif not store:
             raise ValueError(f"none of the {len(names):,} images in {images} can be read")
         if skipped:
-            more = ", ..." if len(skipped) > 5 else ""
-            report(f"left out {len(skipped):,} unreadable images: {', '.join(skipped[:5])}{more}")
+            report(left_out(skipped))
     return store
 
 # %% ../nbs/05_store.ipynb #0306b8fa
@@ -693,12 +697,7 @@ def read_names(
     path: str | Path,  # a text file, a name a line
 ) -> list[str]:
     "The names of the rows of a published file. Raises ValueError for a file that is no text."
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no text file in UTF-8; it has to hold the names of the rows, a name a line"
-        ) from error
+    lines = read_lines(path, "the names of the rows, a name a line")
     return [_line_name(line) for line in lines if line.strip()]
 
 # %% ../nbs/05_store.ipynb #34dded68

@@ -123,6 +123,7 @@ def test_a_device_with_a_number(device):
         ("names", {0: 1, 1: 2, 2: 3, 3: 4, 4: 5}, "has the class table"),
         ("names", None, "has the class table None"),
         ("names", {0: "eye", 1: "eyebrow"}, "tells 5 classes apart, and names 2"),
+        ("names", dict(enumerate("abcda")), "names more than one class 'a'; give each a name of its own"),
         ("names", dict(enumerate("abcdefg")), "tells 5 classes apart, and names 7"),
         ("stride", "odd", "cannot be used as a detector"),
         ("stride", None, "cannot be used as a detector"),

@@ -81,7 +81,7 @@ def test_a_photograph_that_cannot_be_read_is_named_and_may_be_left_out(facesr, t
     assert f"1 of 32 images cannot be read ({victim}: {reason}" in last_line(facesr(*command))
     result = facesr(*command, "--set", "skip_unreadable=true")
     assert result.returncode == 0, result.stderr
-    assert f"left out 1 unreadable images: {victim}" in result.stdout
+    assert f"left out 1 images that give no face: {victim} ({reason}" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,12 @@ from facesr.heatmaps import BUNDLED_PARTS, Recipe
 from facesr.store import HeatmapStore, make_heatmaps
 
 PHOTOGRAPHS = sorted((BUNDLED / "img_align_celeba").iterdir())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ultralytics():
+    "Loaded, as it is after any detection: it puts a function of its own in the place of PIL's Image.open."
+    bundled_detector()
 
 
 def filled(root, *paths):
@@ -71,10 +78,7 @@ def test_a_folder_a_person_gives_people_who_are_whole_in_one_split(tmp_path, nam
 @pytest.mark.parametrize("name", ["images1024x1024/{:05}/{:05}.png", "{:05}/img{:08}.png"])
 def test_thousands_of_numbered_folders_are_one_set(tmp_path, name):
     names = [name.format(i // 4 * 1000, i // 4 * 1000 + i % 4) for i in range(24)]
-    filled(tmp_path, *names)
-    for i, path in enumerate(names):  # PNG files are opened, for they may be masks
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / path)
-    faces = find_faces(tmp_path)
+    faces = find_faces(filled(tmp_path, *names))
     assert len(faces.table) == 24 and set(faces.table["person"]) == {-1}
     assert str(faces).endswith("20 train, 2 val, 2 test; numbered folders are one set")
 
@@ -99,6 +103,38 @@ def test_masks_are_no_photographs(tmp_path, mode):
     assert str(faces).endswith("10 train, 1 val, 1 test; 36 masks in CelebAMask-HQ-mask-anno are left out")
     with pytest.raises(ValueError, match="holds 36 masks and no photographs"):
         find_faces(tmp_path / "CelebAMask-HQ" / "CelebAMask-HQ-mask-anno")
+
+
+def enormous(path):
+    "A PNG whose header promises two thousand million pixels."
+    Image.new("L", (8, 8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = (50_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda path: path.write_bytes(b"no picture"), "no image that can be decoded"),
+        (lambda path: path.write_bytes(b""), "no image that can be decoded"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "no image that can be decoded"),
+        (enormous, "more than 50,000,000 pixels"),
+        (os.mkfifo, "is no file but a folder, pipe, socket or device"),
+        (lambda path: path.symlink_to(path.name), "symbolic links"),
+    ],
+)
+@pytest.mark.parametrize("name", ["photos/{}.png", "photos/{}_mask.png"])
+def test_a_png_that_cannot_be_decoded_is_no_mask_and_is_named_when_it_is_read(tmp_path, name, spoil, sentence):
+    names = [name.format(i) for i in range(3)]
+    filled(tmp_path, *(f"photos/{i}.jpg" for i in range(12)))
+    for path in names:
+        spoil(tmp_path / path)
+    faces = find_faces(tmp_path)
+    assert len(faces.table) == 15
+    with pytest.raises(ValueError, match=f"3 of 3 images cannot be read .*{sentence}"):
+        read_pixels(tmp_path, names)
 
 
 def test_masks_in_one_folder_with_their_photographs_are_left_out(tmp_path):

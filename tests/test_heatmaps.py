@@ -144,7 +144,7 @@ def test_what_was_done_before_is_counted_of_the_faces_that_are_asked_for(tmp_pat
     make(path, NAMES[:30])
     asked = (path, FACES.images, NAMES[25:35], FixedBoxes(), RECIPE)
     make_heatmaps(*asked, report=said.append)
-    assert said[0] == "heatmaps: 5 of 10 faces were done before" and said[1].startswith("heatmaps: 5 faces, ")
+    assert said[0] == "heatmaps: 5 of 10 faces were done before" and said[1].startswith("heatmaps: 5/5 faces | ")
     make_heatmaps(*asked, report=said.append)
     assert len(said) == 2
 
@@ -264,7 +264,10 @@ def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
     said = []
     store = make_heatmaps(*arguments, skip_unreadable=True, report=said.append)
     assert store.names == NAMES[:5] + NAMES[7:8]
-    assert said[-1] == "left out 2 unreadable images: 000006.jpg, 000007.jpg"
+    assert said[-2].startswith("heatmaps: 6/6 faces | ") and said[-1] == (
+        "left out 2 images that give no face: "
+        "000006.jpg (no image that can be decoded (JPEG, PNG, WebP or BMP)), 000007.jpg (is not there)"
+    )
     assert (
         make_heatmaps(*arguments, skip_unreadable=True, report=said.append).names == store.names
     )  # the same again: nothing is left but what cannot be read

@@ -64,6 +64,9 @@ def test_attributes_keep_their_first_row_however_they_are_saved(tmp_path, top, m
         (read_parts, 'class,weight\n"' + "a" * 131_073 + '",1\n', "line 2 has 131,077 characters"),
         (read_parts, "class,weight\neye,4\nnose,4,5\n", "line 3: found 'nose,4,5'; the columns are class, weight"),
         (read_parts, "class,weight,weight\neye,4,5\n", "has the columns class, weight, weight"),
+        (read_parts, "class,weight\neye,4_5\n", "line 2: weight is '4_5'; it has to be a number greater than 0, such"),
+        (read_parts, "class,weight\neye,\uff14\n", "line 2: weight is '\uff14'; it has to be a number"),
+        (read_parts, "class,weight\neye,infinity\n", "line 2: weight is 'infinity'; it has to be a number"),
     ],
 )
 def test_a_table_that_is_none_is_refused_with_its_name(tmp_path, read, text, sentence):

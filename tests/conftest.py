@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -45,3 +46,34 @@ def facesr():
 
     run.environment = environment
     return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    "Runs the command line as `facesr` does, without the seconds that a process of its own takes to start."
+    from facesr import cli
+
+    monkeypatch.delenv("FACESR_CELEBA", raising=False)
+
+    def run(*arguments):
+        words = ["facesr", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return subprocess.CompletedProcess(words, end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def forked(work, *arguments):
+    "Work that may be killed, crash or keep files open: in a process that knows all that this one does."
+
+    def begin():
+        import torch
+
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        work(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    return process

@@ -1,23 +1,24 @@
 "The heatmap store: killed and continued, damaged, mixed up, fetched and written in the published layout."
 
-import functools
 import http.server
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from conftest import forked
 from fuzz import FixedBoxes
 
+import facesr.store as store
 from facesr.detection import bundled_detector
 from facesr.faces import BUNDLED, FaceDataset, find_faces, read_pixels
 from facesr.heatmaps import Part, Recipe
@@ -49,16 +50,10 @@ def content(path):
         }, dict(file.attrs)
 
 
-KILLED = """
-import sys, time
-import facesr.store as h
-sys.path.insert(0, {tests!r})
-import test_heatmaps as t
-h.SHARD = 8
-slow = h.heatmap
-h.heatmap = lambda *a: (time.sleep(0.02), slow(*a))[1]
-t.make({path!r})
-"""
+def make_slowly(path):
+    quick = store.heatmap
+    store.heatmap = lambda *a: (time.sleep(0.02), quick(*a))[1]
+    make(path)
 
 
 def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatch):
@@ -67,13 +62,12 @@ def test_killed_and_continued_is_the_same_as_made_in_one_go(tmp_path, monkeypatc
     make(whole)
     shards, kills = tmp_path / "broken.h5.parts", 0
     while kills < 2:  # once after the first shard, once after the third
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED.format(tests=os.path.dirname(__file__), path=str(broken))]
-        )
-        while process.poll() is None and len(list(shards.glob("*.h5"))) < 1 + 2 * kills:
+        process = forked(make_slowly, broken)
+        while process.is_alive() and len(list(shards.glob("*.h5"))) < 1 + 2 * kills:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the process ended before it was killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the process ended before it was killed"
         assert not broken.exists()
         kills += 1
     said = []
@@ -264,10 +258,9 @@ def test_an_unreadable_image_stops_the_work_and_is_named(tmp_path, monkeypatch):
     said = []
     store = make_heatmaps(*arguments, skip_unreadable=True, report=said.append)
     assert store.names == NAMES[:5] + NAMES[7:8]
-    assert said[-2].startswith("heatmaps: 6/6 faces | ") and said[-1] == (
-        "left out 2 images that give no face: "
-        "000006.jpg (no image that can be decoded (JPEG, PNG, WebP or BMP)), 000007.jpg (is not there)"
-    )
+    assert said[-2].startswith("heatmaps: 2/2 faces | ")
+    assert said[-1].startswith("left out 2 images that give no face: 000006.jpg (no image that can be decoded")
+    assert said[-1].endswith(", 000007.jpg (is not there)")
     assert (
         make_heatmaps(*arguments, skip_unreadable=True, report=said.append).names == store.names
     )  # the same again: nothing is left but what cannot be read
@@ -283,19 +276,19 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         make(tmp_path / "file" / "store.h5", NAMES[:4])
 
 
-def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
+def test_a_full_disk_costs_nothing_that_was_finished(tmp_path, monkeypatch):
     "Files are limited to a size that a shard fits in and the whole store does not."
-    code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import facesr.store as h; h.SHARD = 8\n"
-        f"import test_heatmaps as t\ntry: t.make({str(tmp_path / 'store.h5')!r})\nexcept OSError as error: print(error)"
-    )
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 300; exec "$@"', "limited", sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert "store.h5 cannot be written" in done.stdout and "what was finished before is kept" in done.stdout, done
+
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300 * 1024, 300 * 1024))
+        with pytest.raises(OSError, match="store.h5 cannot be written .* what was finished before is kept"):
+            make(tmp_path / "store.h5")
+
+    monkeypatch.setattr(store, "SHARD", 8)
+    process = forked(work)
+    process.join()
+    assert process.exitcode == 0
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == ["store.h5.parts"] and len(
         list((tmp_path / "store.h5.parts").glob("*.h5"))
     ) == 5
@@ -303,13 +296,21 @@ def test_a_full_disk_costs_nothing_that_was_finished(tmp_path):
 
 
 def test_two_processes_that_want_the_same_maps_make_them_once(tmp_path):
-    code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        f"import test_heatmaps as t; t.make({str(tmp_path / 'store.h5')!r})"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    class Noted(FixedBoxes):
+        "Writes down how many faces it has seen, and takes its time."
+
+        def __call__(self, images):
+            with open(tmp_path / "seen", "a") as file:
+                file.write(f"{len(images)} ")
+            time.sleep(0.3)
+            return super().__call__(images)
+
+    both = [forked(partial(make, tmp_path / "store.h5", detector=Noted(), batch_size=10)) for _ in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert HeatmapStore(tmp_path / "store.h5").names == NAMES
+    assert (tmp_path / "seen").read_text() == "10 10 10 10 "
 
 
 def test_every_face_of_a_batch_gets_its_own_map(tmp_path):
@@ -336,15 +337,15 @@ def test_opening_a_store_does_not_read_it(tmp_path):
         file["counts"][:], file["sources"][:] = 1, 0
         file["names"].resize(count, axis=0)
         file["names"][:] = [f"{i:06d}.jpg" for i in range(count)]
-    code = (
-        "from resource import getrusage, RUSAGE_SELF\n"
-        "from facesr.store import HeatmapStore\n"
-        "start = getrusage(RUSAGE_SELF).ru_maxrss\n"
-        f"HeatmapStore({str(path)!r}).maps(['000000.jpg', '065535.jpg'])\n"
-        "print((getrusage(RUSAGE_SELF).ru_maxrss - start) // 1024)"
-    )
-    megabytes = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert megabytes < 200
+
+    def work():
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        HeatmapStore(path).maps(["000000.jpg", "065535.jpg"])
+        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024 < 200  # MB
+
+    process = forked(work)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_published_layout_over_http_and_from_a_file(tmp_path):
@@ -353,7 +354,7 @@ def test_published_layout_over_http_and_from_a_file(tmp_path):
     export_published(store, tmp_path / "served" / "published.h5")
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path / "served"))
+        ("127.0.0.1", 0), partial(quiet, directory=str(tmp_path / "served"))
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -427,26 +428,27 @@ def test_flat_imported_maps_count_as_without_detections(tmp_path):
     assert "4 faces, 2 without any detection" in [ax.get_title() for ax in coverage_figure(store).axes]
 
 
-def test_maps_that_were_exported_come_back_under_their_names(facesr, tmp_path):
+def test_maps_that_were_exported_come_back_under_their_names(command, tmp_path):
     store = make(tmp_path / "store.h5", NAMES[20:32])
-    assert facesr("heatmaps", "export", tmp_path / "store.h5", tmp_path / "moved.h5").returncode == 0
-    back = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "back.h5")
+    assert command("heatmaps", "export", tmp_path / "store.h5", tmp_path / "moved.h5").returncode == 0
+    back = command("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "back.h5")
     assert back.returncode == 0 and "rows: 000021.jpg to 000032.jpg, named by" in back.stdout, back.stderr
     assert torch.equal(HeatmapStore(tmp_path / "back.h5").maps(NAMES[20:32]), store.maps(NAMES[20:32]))
     (tmp_path / "moved.h5.names.txt").rename(tmp_path / "mine.txt")
-    refused = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "nameless.h5")
+    refused = command("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "nameless.h5")
     assert (
         refused.returncode == 1
         and "whose these are is not known" in refused.stderr.splitlines()[-1]
         and not (tmp_path / "nameless.h5").exists()
     )
-    named = facesr("heatmaps", "import", tmp_path / "moved.h5", tmp_path / "named.h5", "--names", tmp_path / "mine.txt")
+    words = ("import", tmp_path / "moved.h5", tmp_path / "named.h5", "--names", tmp_path / "mine.txt")
+    named = command("heatmaps", *words)
     assert named.returncode == 0 and HeatmapStore(tmp_path / "named.h5").names == NAMES[20:32]
 
 
-def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, facesr):
+def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, command):
     make(tmp_path / "mine.h5", NAMES[:20])
-    done = facesr(
+    done = command(
         "train", "heatmap", "--preset", "smoke", "--out", tmp_path, "--set", f"heatmaps={tmp_path / 'mine.h5'}"
     )
     assert done.returncode == 1
@@ -458,60 +460,24 @@ def test_a_training_face_without_a_map_stops_the_run_with_the_command(tmp_path, 
     assert not (tmp_path / "smoke" / "heatmap" / "seed0" / "metrics.json").exists()
 
 
-def test_ones_own_detector_from_the_command_line(facesr, tmp_path):
+def test_ones_own_detector_from_the_command_line(command, tmp_path):
     "The README's four commands, with a checkpoint whose classes are more than the table names."
     bundled_detector().yolo.save(tmp_path / "mine.pt")
     (tmp_path / "parts.csv").write_text("class,weight,fade\neye,4.5,centre\nface,4,rim\n")
     (tmp_path / "images").mkdir()
     for name in NAMES:
         shutil.copy(FACES.images / name, tmp_path / "images")
-    store = tmp_path / "mine.h5"
-    made = facesr(
-        "heatmaps",
-        "make",
-        "--data",
-        tmp_path / "images",
-        "--detector",
-        tmp_path / "mine.pt",
-        "--parts",
-        tmp_path / "parts.csv",
-        "--out",
-        store,
-    )
+    path, data, network = tmp_path / "mine.h5", ("--data", tmp_path / "images"), ("--detector", tmp_path / "mine.pt")
+    made = command("heatmaps", "make", *data, *network, "--parts", tmp_path / "parts.csv", "--out", path)
     assert made.returncode == 0 and "40 heatmaps" in made.stdout, made.stderr
-    shown = facesr("heatmaps", "show", store, "--figure", tmp_path / "coverage.png")
+    shown = command("heatmaps", "show", path, "--figure", tmp_path / "coverage.png")
     assert shown.returncode == 0 and (tmp_path / "coverage.png").stat().st_size > 10_000
-    trained = facesr(
-        "train",
-        "heatmap",
-        "--preset",
-        "smoke",
-        "--data",
-        tmp_path / "images",
-        "--set",
-        f"heatmaps={store}",
-        "--set",
-        "epochs=1",
-        "--out",
-        tmp_path / "results",
-    )
+    settings = (f"heatmaps={path}", "epochs=1", "perceptual_weight=0", "train_faces=16", "test_faces=2")
+    words = [word for setting in settings for word in ("--set", setting)]
+    trained = command("train", "heatmap", "--preset", "smoke", *data, *words, "--out", tmp_path / "results")
     assert trained.returncode == 0, trained.stderr
-    recorded = json.loads((tmp_path / "results" / "smoke" / "heatmap" / "seed0" / "config.json").read_text())[
-        "heatmaps"
-    ]
-    assert set(recorded["recipe"]["parts"]) == {"eye", "face"}
-    refused = facesr(
-        "heatmaps",
-        "make",
-        "--data",
-        tmp_path / "images",
-        "--detector",
-        tmp_path / "mine.pt",
-        "--out",
-        tmp_path / "other.h5",
-    )
-    assert (
-        refused.returncode == 1
-        and "mine.pt does not know" in refused.stderr.splitlines()[-1]
-        and not (tmp_path / "other.h5").exists()
-    )
+    recorded = json.loads((tmp_path / "results" / "smoke" / "heatmap" / "seed0" / "config.json").read_text())
+    assert set(recorded["heatmaps"]["recipe"]["parts"]) == {"eye", "face"}
+    refused = command("heatmaps", "make", *data, *network, "--out", tmp_path / "other.h5")
+    assert refused.returncode == 1 and "mine.pt does not know" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "other.h5").exists()

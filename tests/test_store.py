@@ -1,16 +1,18 @@
 "A store on a bad day: bytes that changed, columns that are odd, other files' rows, a full disk, a file in use."
 
+import multiprocessing
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 from test_heatmaps import FACES, FixedBoxes, make, NAMES, RECIPE
 from typer.testing import CliRunner
 
@@ -334,19 +336,25 @@ def small_disk(tmp_path):
 
 def told_in_a_process(*works):
     "What each work ends in, in a process of its own: the library might crash."
-    lines = [f"sys.path.insert(0, {str(Path(__file__).parent)!r})", "from test_heatmaps import *"]
-    for work in works:
-        lines += ["try:", f"    {work}", "except Exception as error:", "    print(type(error).__name__, error)"]
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + "\n".join(lines)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done
-    return done.stdout.splitlines()
+    mine, others = multiprocessing.Pipe()
+
+    def tell():
+        for work in works:
+            try:
+                work()
+            except Exception as error:
+                others.send(f"{type(error).__name__} {error}")
+
+    process = forked(tell)
+    process.join()
+    assert process.exitcode == 0
+    return [mine.recv() for _ in works]
 
 
-def test_a_full_disk_ends_in_a_sentence(tmp_path, small_disk):
+def test_a_full_disk_ends_in_a_sentence(small_disk, monkeypatch):
+    monkeypatch.setattr("facesr.store.SHARD", 8)
     places = [small_disk(size) / "store.h5" for size in ("40k", "80k", "160k", "320k", "480k", "640k")]
-    works = [f"import facesr.store as h; h.SHARD = 8; make({str(place)!r})" for place in places]
+    works = [partial(make, place) for place in places]
     for place, said in zip(places, told_in_a_process(*works), strict=True):
         full = f"OSError {place} cannot be written (No space left on device); make room"
         at_the_join = said.startswith(f"OSError {place} needs ") and "MB are free there; make room" in said
@@ -360,9 +368,9 @@ def test_a_full_disk_ends_in_a_sentence(tmp_path, small_disk):
 def test_a_full_disk_while_exporting_and_importing(tmp_path, small_disk):
     disk = small_disk("100k")
     export_published(make(tmp_path / "store.h5"), tmp_path / "whole.h5")
-    store, whole, out = (str(path) for path in (tmp_path / "store.h5", tmp_path / "whole.h5", disk / "out.h5"))
-    export = f"export_published(HeatmapStore({store!r}), {out!r})"
-    for said in told_in_a_process(export, f"import_published({whole!r}, {out!r}, NAMES)"):
+    out = disk / "out.h5"
+    exporting = partial(export_published, HeatmapStore(tmp_path / "store.h5"), out)
+    for said in told_in_a_process(exporting, partial(import_published, str(tmp_path / "whole.h5"), out, NAMES)):
         assert said.startswith(f"OSError {out} cannot be written (No space left on device); make room"), said
     assert not list(disk.iterdir())
 

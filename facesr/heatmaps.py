@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUNDLED_PARTS', 'PUBLISHED_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA', 'Part', 'read_parts', 'edges', 'fade',
-           'radial', 'patch', 'Recipe', 'heatmap', 'overlay_figure']
+           'radial', 'patch', 'Recipe', 'blurred_and_stretched', 'heatmap', 'overlay_figure']
 
 # %% ../nbs/04_heatmaps.ipynb #631c43b7
 import re
@@ -164,9 +164,10 @@ class Recipe:
         }
 
 # %% ../nbs/04_heatmaps.ipynb #877d8c7e
-def _blurred_and_stretched(
+def blurred_and_stretched(
     canvas: np.ndarray,  # [H, W] float32
-) -> np.ndarray:         # [H, W] float32 in [0, 1], 0 everywhere where the canvas is flat
+) -> np.ndarray:         # [H, W] float32 in [0, 1]
+    "What a canvas becomes: from 0 to 1, or 0 everywhere where it is flat."
     blurred = cv2.GaussianBlur(canvas, (BLUR_SIZE, BLUR_SIZE), BLUR_SIGMA)
     low, high = blurred.min(), blurred.max()
     return (blurred - low) / (high - low) if high - low > 1e-6 else np.zeros_like(blurred)
@@ -187,7 +188,7 @@ def heatmap(
         part, inside = recipe.parts[name], (slice(top, bottom), slice(left, right))
         weight = part.weight * (float(confidence) if recipe.use_confidence else 1.0)
         canvas[inside] = np.maximum(canvas[inside], weight * patch(grey[inside], part.fade))
-    return _blurred_and_stretched(canvas)
+    return blurred_and_stretched(canvas)
 
 # %% ../nbs/04_heatmaps.ipynb #98422418
 def overlay_figure(

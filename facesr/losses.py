@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .degradation import HR_SIZE
 from .faces import Batch, Pixels
-from .heatmaps import BLUR_SIGMA, BLUR_SIZE, edges
+from .heatmaps import blurred_and_stretched, edges
 from .perceptual import Features
 from .store import HeatmapStore, mean_map
 
@@ -207,8 +207,7 @@ def edge_map(
     image: np.ndarray,  # [H, W, 3] uint8, RGB
 ) -> np.ndarray:        # [H, W] float32 in [0, 1]
     "The edges of the whole image, blurred and stretched as a heatmap: what the recipe is without detections."
-    blurred = cv2.GaussianBlur(edges(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)), (BLUR_SIZE, BLUR_SIZE), BLUR_SIGMA)
-    return (blurred - blurred.min()) / max(float(np.ptp(blurred)), 1e-6)
+    return blurred_and_stretched(edges(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)))
 
 # %% ../nbs/08_losses.ipynb #6cef75c9
 def others(names: Sequence[str], seed: int) -> dict[str, str]:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'SHOWN_QUALITY', 'JPEG_QUALITY', 'write_atomically', 'write_json', 'read_json', 'run_folder', 'run_state',
            'lock_run', 'differences', 'save_checkpoint', 'load_checkpoint', 'sweep', 'publish', 'mark_complete',
-           'made_of', 'is_complete', 'CompleteRun', 'Score', 'RunMetrics', 'Split', 'RunFaces', 'RunConfig', 'read_run',
-           'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown', 'read_shown', 'provenance',
-           'as_published']
+           'made_of', 'is_complete', 'CompleteRun', 'Score', 'ShownFace', 'RunMetrics', 'Split', 'RunFaces',
+           'RunConfig', 'read_run', 'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown',
+           'read_shown', 'provenance', 'as_published']
 
 # %% ../nbs/14_runs.ipynb #62d1a828
 import base64
@@ -187,6 +187,7 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         then = dict(state.pop("settings"))
+        json.dumps(then)  # else it cannot be compared
     except Exception as error:  # a damaged or hostile file can fail anywhere
         raise ValueError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); remove it to start this run anew"
@@ -316,6 +317,12 @@ class Score(_Form):
     n: int                     # images
 
 
+class ShownFace(_Form):
+    "A test face that is kept to be looked at."
+
+    name: str
+
+
 class RunMetrics(_Form):
     "metrics.json"
 
@@ -326,6 +333,7 @@ class RunMetrics(_Form):
     training_seconds: float | None = None
     validation: dict[str, float | None] = {}
     test: dict[str, Score] = {}
+    shown: list[ShownFace] = []
 
 
 class Split(_Form):
@@ -352,7 +360,7 @@ def read_run(
     folder: Path,  # of a complete run
 ) -> CompleteRun:
     "Raises ValueError where one of its files is damaged."
-    metrics = _checked(folder / "metrics.json", RunMetrics)
+    metrics = _numbers(_checked(folder / "metrics.json", RunMetrics), "training_seconds")
     recorded = _checked(folder / "config.json", RunConfig)
     metrics["test"] = {name: _numbers(found, "mean", "low", "high") for name, found in metrics["test"].items()}
     which = {name: metrics[name] for name in ("variant", "seed")}

@@ -177,7 +177,8 @@ def _table_row(rng: random.Random, rows: list[list[str]]) -> None:
     elif act in ("double", "move"):
         rows.insert(rng.randrange(len(rows) + 1), list(rows[row]) if act == "double" else rows.pop(row))
     elif act == "grow":
-        rows[row] += [rng.choice(CELLS)] * rng.choice((1, 1, 3, 5000))
+        cell, times = rng.choice(CELLS), rng.choice((1, 1, 3, 5000))
+        rows[row] += [cell] * (times if len(cell) < 100 else 3)  # files of some MB
     else:
         rows[row] = rows[row][: rng.randrange(max(1, len(rows[row])))] if act == "shrink" else []
 

@@ -78,6 +78,16 @@ def test_ultralytics_is_imported_late_and_threads_are_left_alone():
     assert done.stdout == "False\nTrue 2\n"
 
 
+def test_a_red_picture_is_red_for_the_network():
+    "Whichever order of colours Ultralytics expects, and whatever becomes of it on the way."
+    detector, seen = bundled_detector(), []
+    image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    image[:, 0] = 255
+    detector.yolo.model.model[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    detector(image)
+    assert seen[-1].amax((0, 2, 3)).tolist() == [1, 0, 0] == seen[-1].amin((0, 2, 3)).tolist()
+
+
 def test_the_bundled_weights_are_plain_tensors_and_small():
     content = BUNDLED_DETECTOR.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

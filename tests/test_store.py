@@ -235,6 +235,52 @@ def test_columns_of_another_form_are_refused(tmp_path, column, values):
         HeatmapStore(path)
 
 
+def changed(path, found, place, new):
+    "Bytes of the file, the first ones from a place on that are as found, become others; HDF5 knows them as a new file."
+    content = bytearray(path.read_bytes())
+    start = content.index(found, place)
+    content[start : start + len(new)] = new
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("attribute", ["schema", "settings", "seal"])
+def test_text_of_an_odd_type_does_not_end_the_process(tmp_path, attribute):
+    "HDF5 crashes where one bit makes a list of a text."
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:6])
+    changed(path, b"\x19\x01", path.read_bytes().index(attribute.encode() + b"\0"), b"\x19\x00")
+
+    def work():
+        with pytest.raises(ValueError, match="store.h5 (is no heatmap store|does not say how|is damaged: it does not)"):
+            HeatmapStore(path)
+
+    process = forked(work)
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_name_of_a_length_that_no_name_has_is_refused(tmp_path):
+    "HDF5 would ask for as much memory."
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:6])
+    with h5py.File(path) as file:
+        place = file["names"].id.get_chunk_info(0).byte_offset
+    changed(path, len(NAMES[0]).to_bytes(4, "little"), place, (2**32 - 1).to_bytes(4, "little"))
+    for opened in (lambda: HeatmapStore(path), lambda: make(path, NAMES[:8])):
+        with pytest.raises(ValueError, match="store.h5 is damaged: one of its names has 4,294,967,295 bytes"):
+            opened()
+
+
+def test_what_is_no_part_of_a_store_is_not_read(tmp_path):
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:6])
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("more", (10**9,), "f4", chunks=(512,))
+    with pytest.raises(ValueError, match="store.h5 holds 'more', which is no part of a store"):
+        HeatmapStore(path)
+
+
 # In use, and others' troubles
 
 

@@ -78,7 +78,7 @@ def _cells(line: str) -> list[str]:
         cells.pop()
     return [cell.strip() for cell in cells]
 
-# %% ../nbs/02_faces.ipynb #bf99d77d
+# %% ../nbs/02_faces.ipynb #d29d9717
 NUMBER = r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"  # as people write one
 
 # %% ../nbs/02_faces.ipynb #ad3d6aab
@@ -487,7 +487,8 @@ def _split_folders(tree: dict[Place, list[str]], root: Path) -> dict[str, dict[P
     return splits
 
 # %% ../nbs/02_faces.ipynb #5f764f24
-_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM")  # of image files
+# of image files: JPEG, PNG, WebP, BMP, TIFF, HEIC
+_BEGINNING = re.compile(rb"\xff\xd8|\x89PNG|RIFF|BM|II[*+]\0|MM\0[*+]|.{4}ftyp", re.S)
 
 
 def _size(path: str) -> int | None:
@@ -499,7 +500,7 @@ def _size(path: str) -> int | None:
 def _end(path: str) -> bytes | None:
     "The last bytes of an image file."
     with open(path, "rb", buffering=0) as file:
-        if not file.read(4).startswith(_BEGINNINGS):
+        if not _BEGINNING.match(file.read(8)):
             return None
         file.seek(max(file.seek(0, os.SEEK_END) - 512, 0))
         return file.read()
@@ -757,14 +758,14 @@ def read_pixels(
     skipped = {name: found.reason for name, found in unusable.items()}
     return Pixels(kept, {size: level[: len(kept)] for size, level in levels.items()}, digest.hexdigest(), skipped)
 
-# %% ../nbs/02_faces.ipynb #2f0ce865
+# %% ../nbs/02_faces.ipynb #00d5cae8
 def left_out(skipped: dict[str, str]) -> str:  # why, by name
     "A sentence about files that gave no face."
     shown = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
     more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
     return f"left out {len(skipped):,} images that give no face: {shown}{more}"
 
-# %% ../nbs/02_faces.ipynb #7015cffb
+# %% ../nbs/02_faces.ipynb #dd09f943
 LINE_SECONDS = 30.0  # between lines
 
 
@@ -780,7 +781,7 @@ class Every:
         self.last = time.monotonic()
         return True
 
-# %% ../nbs/02_faces.ipynb #e9a17884
+# %% ../nbs/02_faces.ipynb #997e0134
 def duration(seconds: float) -> str:
     "90 s, 12 min, 1 h 05 min"
     minutes = round(seconds / 60)
@@ -788,7 +789,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
-# %% ../nbs/02_faces.ipynb #3091f617
+# %% ../nbs/02_faces.ipynb #da1386d7
 class Pace:
     "Counts faces, and tells how many there are, how fast they come and how long the rest takes."
 

@@ -13,6 +13,7 @@ from PIL import Image
 from facesr.detection import bundled_detector
 from facesr.faces import find_faces, read_pixels, SPLITS
 from facesr.heatmaps import BUNDLED_PARTS, Recipe
+from facesr.images import IMAGE_SUFFIXES
 from facesr.store import HeatmapStore, make_heatmaps
 
 PHOTOGRAPHS = sorted((BUNDLED / "img_align_celeba").iterdir())
@@ -231,6 +232,27 @@ def test_equal_files_are_in_one_split(tmp_path, copy):
     for name in names:
         (tmp_path / f"copy of {name}").unlink()
     assert split_of(find_faces(tmp_path)) == alone
+
+
+def save_as_heic(picture, path):
+    import pillow_heif
+
+    pillow_heif.from_pillow(picture).save(path)
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_pictures_of_every_kind_are_faces(tmp_path, suffix):
+    "They are found, read as what they show, and equal ones are seen."
+    names = [f"{i:02}{suffix}" for i in range(12)]
+    for name, photograph in zip(names, PHOTOGRAPHS):
+        picture = Image.open(photograph)
+        save_as_heic(picture, tmp_path / name) if suffix in (".heic", ".heif") else picture.save(tmp_path / name)
+    shutil.copy(tmp_path / names[3], tmp_path / f"copy{suffix}")
+    faces = find_faces(tmp_path)
+    assert len(faces.table) == 13 and str(faces).endswith("; equal files, kept in one split: 2")
+    found = read_pixels(tmp_path, names).levels[128].float()
+    meant = read_pixels(BUNDLED / "img_align_celeba", [path.name for path in PHOTOGRAPHS[:12]]).levels[128]
+    assert (found - meant).abs().mean() < 6
 
 
 def test_copies_of_few_photographs_are_too_few(tmp_path):

@@ -243,7 +243,7 @@ def _dataset(file: h5py.File, column: str, path: Path | str) -> h5py.Dataset | N
         raise _NoStore(f"{path} keeps {column} in pieces of {data.chunks}; that is too large for heatmaps")
     return data
 
-# %% ../nbs/05_store.ipynb #abc71faa
+# %% ../nbs/05_store.ipynb #4d94d01a
 LONGEST_NAME = 1 << 15  # bytes
 
 
@@ -510,11 +510,9 @@ def _refuse_other(then: dict[str, Any], now: dict[str, Any], path: Path) -> None
 def _alone(path: Path) -> Iterator[None]:
     "One process at a time makes a store; others wait, and find it made."
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
     try:
         yield
     finally:

@@ -243,7 +243,7 @@ def _dataset(file: h5py.File, column: str, path: Path | str) -> h5py.Dataset | N
         raise _NoStore(f"{path} keeps {column} in pieces of {data.chunks}; that is too large for heatmaps")
     return data
 
-# %% ../nbs/05_store.ipynb #4d94d01a
+# %% ../nbs/05_store.ipynb #be123b25
 LONGEST_NAME = 1 << 15  # bytes
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import nbformat
 
 from .faces import find_data
-from .runs import as_published, is_complete, mark_complete, run_folder, sweep, write_atomically
+from .runs import as_published, is_complete, mark_complete, run_folder, run_state, sweep, write_atomically
 from .study import grid, resolve
 
 # %% ../nbs/19_execution.ipynb #90481c83
@@ -94,14 +94,12 @@ def run_notebook(
     print(f"{folder}: training {variant}", flush=True)
     which = {"variant": variant, "preset": preset, "seed": seed}
     how = {"out": os.path.relpath(out, notebooks), "again": False, "kept": True}
-    try:
-        done = execute(notebooks / "train.ipynb", folder / "checkpoint" / "train.ipynb", which | how)
-        write_atomically(folder / "train.ipynb", as_published(done))
-        mark_complete(folder)
-    except NotebookError as error:
-        if error.name != "RunComplete":
-            raise
+    done = execute(notebooks / "train.ipynb", folder / "checkpoint" / "train.ipynb", which | how)
+    if run_state(folder) == "complete":
         print(f"{folder} is complete", flush=True)
+        return
+    write_atomically(folder / "train.ipynb", as_published(done))
+    mark_complete(folder)
 
 # %% ../nbs/19_execution.ipynb #1b20dc68
 def study_runs(

@@ -190,7 +190,7 @@ def resolve(
         )
     return config
 
-# %% ../nbs/12_study.ipynb #05bb7bdb
+# %% ../nbs/12_study.ipynb #4398d5a8
 def needs_heatmaps(config: Config) -> bool:
     "Whether the run looks at what a detector found on the training faces."
     return config.attention_weight > 0 and config.attention_map in ("heatmap", "shuffled", "mean")
@@ -205,7 +205,7 @@ def _defined(cell: str) -> set[str]:
     names = (node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name))
     return {name.id for name in names if isinstance(name.ctx, ast.Store)}
 
-# %% ../nbs/12_study.ipynb #0acc1005
+# %% ../nbs/12_study.ipynb #356339a5
 def given_parameters(
     namespace: Mapping[str, Any],  # `globals()` of the notebook, with IPython's history of cells, `In`
 ) -> dict[str, Any]:

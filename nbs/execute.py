@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
@@ -38,7 +39,7 @@ MADE = {
 NEW_FOLDER = object()  # a temporary one
 PARAMETERS = {
     "train": {"variant": "heatmap", "preset": "quick", "out": NEW_FOLDER},
-    "report": {"preset": "celeba"},
+    "report": {"preset": "celeba", "out": "../results"},  # the repository's own
 }
 ON_CELEBA = ("benchmark", "make_detector", "make_faces", "make_weights", "report", "search")  # others: bundled faces
 
@@ -176,29 +177,22 @@ def all_notebooks() -> list[str]:
 
 def execute(name: str) -> None:
     "Run a notebook from top to bottom, save it with its outputs, and record that."
-    import nbformat
-    from nbclient import NotebookClient
-
+    from facesr import execution
     from facesr.runs import as_published, write_atomically, write_json
 
     path, before = NOTEBOOKS / f"{name}.ipynb", current(name)
-    notebook = nbformat.read(path, as_version=4)
-    environment = {key: value for key, value in os.environ.items() if key != "FACESR_CELEBA" or name in ON_CELEBA}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
+        if name not in ON_CELEBA:
+            os.environ.pop("FACESR_CELEBA", None)
         given = {key: folder if value is NEW_FOLDER else value for key, value in PARAMETERS.get(name, {}).items()}
-        asked = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-        sources = [cell.source for cell in asked]
-        for cell in asked:  # for this time only: papermill would leave a second cell of parameters
-            cell.source += "".join(f"\n{key} = {value!r}" for key, value in given.items())
-        client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
-        client.resources = {"metadata": {"path": str(NOTEBOOKS)}}
-        client.coalesce_streams = True
-        client.execute(env=environment)
-        for cell, source in zip(asked, sources):
-            cell.source = source
+        notebook = execution.execute(path, Path(folder) / path.name, given)
+        tags = [cell.metadata.pop("tags", []) for cell in notebook.cells]
+        for cell, found in zip(notebook.cells, tags):
+            cell.metadata.update({"tags": found} if found else {})  # papermill gives some to every cell
+        notebook.cells = [cell for cell, found in zip(notebook.cells, tags) if "injected-parameters" not in found]
         notebook.metadata.pop("widgets", None)  # their state; a saved page shows what they have drawn
         cleaned = Path(folder) / path.name
-        cleaned.write_text(as_published(notebook).replace(folder, "../results"), encoding="utf-8")
+        cleaned.write_text(as_published(notebook).replace(folder, "results/mine"), encoding="utf-8")
         command = [Path(sys.executable).with_name("nbdev_clean"), "--fname", cleaned]
         subprocess.run(command, cwd=ROOT, check=True)
         write_atomically(path, cleaned.read_text(encoding="utf-8"))
@@ -208,7 +202,9 @@ def execute(name: str) -> None:
 
 def main(asked: list[str]) -> None:
     "Execute notebooks by name, or all whose record is not that of the files."
-    from nbclient.exceptions import CellControlSignal, DeadKernelError
+    from nbclient.exceptions import DeadKernelError
+
+    from facesr.execution import NotebookError
 
     known, names = all_notebooks(), [Path(name).stem for name in asked]
     if unknown := [name for name in names if name not in known]:
@@ -223,7 +219,7 @@ def main(asked: list[str]) -> None:
         print(f"{name}: executing", flush=True)
         try:
             execute(name)
-        except (CellControlSignal, DeadKernelError) as error:  # its text has the cell and the traceback
+        except (NotebookError, DeadKernelError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)
     if failed:

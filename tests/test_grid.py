@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
 import pytest
-from conftest import FACESR, ROOT
+from conftest import BUNDLED, ROOT
 
 from facesr import execution
 from facesr.cli import study_command
+from facesr.study import resolve
+from facesr.training import train
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -77,6 +80,17 @@ def test_a_scheduler_that_is_not_there_is_named(facesr, tmp_path):
     assert done.returncode == 1 and "tcp://127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
 
 
+TWO_RUNS = """
+import sys
+from pathlib import Path
+from facesr.execution import run_on_cluster
+if __name__ == "__main__":
+    where = None, Path(sys.argv[1]), Path(sys.argv[2])
+    failed = run_on_cluster({f"{v} (seed 0)": (v, "smoke", 0, *where) for v in ("baseline", "uniform")}, workers=2)
+    sys.exit(str(failed) if failed else 0)
+"""
+
+
 def kernel_of(state, process):
     "The kernel below `process` that holds the lock of the run whose checkpoint this is."
     below = psutil.Process(process.pid).children(recursive=True)
@@ -88,7 +102,7 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint, to the same bits."
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    study = [FACESR, "study", "--preset", "smoke", "--workers", "2", "--out", str(tmp_path / "killed")]
+    study = [sys.executable, "-c", TWO_RUNS, str(tmp_path / "killed"), str(ROOT / "nbs")]
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(study, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     killed = None
@@ -106,11 +120,10 @@ def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
     said = (tmp_path / "log").read_text()
     assert f"{killed} (seed 0) done" in said and said.count("continuing seed0 at step") == 1
 
-    train = [FACESR, "train", killed, "--preset", "smoke", "--out", str(tmp_path / "whole")]
-    subprocess.run(train, cwd=ROOT, env=environment, check=True, timeout=900)
+    train(resolve(killed, "smoke"), BUNDLED, tmp_path / "whole", lambda line: None)
     runs = [tmp_path / which / "smoke" / killed / "seed0" for which in ("killed", "whole")]
     assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
     assert len({(run / "per_image.csv").read_bytes() for run in runs}) == 1
     complete = sorted(p.parts[-3] for p in (tmp_path / "killed" / "smoke").glob("*/seed0/metrics.json"))
-    assert complete == ["baseline", "deep", "heatmap", "multiscale"]
+    assert complete == ["baseline", "uniform"]
     assert json.loads((runs[0] / "config.json").read_text())["threads"] == 1

@@ -1,17 +1,23 @@
 "The papermill notebooks, run as a user runs them."
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from queue import Empty
+from signal import SIGCONT, SIGKILL, SIGSTOP
+from subprocess import DEVNULL, PIPE, Popen
+from time import sleep
 
 import nbformat
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import BUNDLED, FACESR, ROOT
+from jupyter_client import KernelManager
 
-from facesr import execution
-from facesr.runs import RUN_FILES, find_runs, is_complete
+from facesr import execution, training
+from facesr.runs import RUN_FILES, find_runs, in_use, is_complete
 from facesr.study import resolve
 
 
@@ -22,15 +28,136 @@ def papermill(facesr, executed, *parameters):
     return subprocess.run(command, cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900)
 
 
+class Page:
+    "train.ipynb in a kernel, as somebody has it open who edits its parameters and runs cells."
+
+    def __init__(self, sockets):
+        cells = nbformat.read(ROOT / "nbs" / "train.ipynb", as_version=4).cells
+        self.cells = [cell.source for cell in cells if cell.cell_type == "code"]
+        self.manager = KernelManager(transport="ipc", ip=str(sockets / "kernel"))
+        self.manager.start_kernel(cwd=str(ROOT / "nbs"))
+        self.kernel = self.manager.blocking_client()
+        self.kernel.start_channels()
+        self.kernel.wait_for_ready(timeout=60)
+
+    def run(self, source, when=lambda printed: False, then=lambda: None):
+        "What a cell prints, and the traceback that it shows. What is to be done `then` is done once, when it is time."
+        printed, shown, done, request = "", [], False, self.kernel.execute(source)
+        while True:
+            if not done and when(printed):
+                done = True
+                then()
+            try:
+                message = self.kernel.get_iopub_msg(timeout=0.1)
+            except Empty:
+                continue
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            content = message["content"]
+            printed += content["text"] if message["msg_type"] == "stream" else ""
+            shown += content["traceback"] if message["msg_type"] == "error" else []
+            if content.get("execution_state") == "idle":
+                return printed, shown
+
+    def run_all(self, parameters, when=lambda printed: False, then=lambda: None):
+        "The same of all cells from the parameters on, until one fails."
+        printed = ""
+        for cell in (f"# Parameters of this page\n{parameters}", *self.cells[2:]):
+            said, shown = self.run(cell, when, then) if cell.startswith(("live", "trainer")) else self.run(cell)
+            printed += said
+            if shown:
+                return printed, shown
+        return printed, []
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return tmp_path_factory.mktemp("results")
+def page(tmp_path_factory):
+    opened = Page(tmp_path_factory.mktemp("kernel"))
+    opened.run(opened.cells[0])
+    yield opened
+    opened.kernel.stop_channels()
+    opened.manager.shutdown_kernel(now=True)
 
 
-def test_the_study_ends_with_a_report(facesr, results):
-    result = facesr("study", "--preset", "smoke", "--out", results)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
+def test_what_counts_is_what_the_parameters_cell_says_now(page):
+    "Whatever it said before in this kernel, and whatever papermill has put below it."
+    configuration = page.cells[2]
+
+    def told(*cells):
+        for cell in cells:
+            assert page.run(cell)[1] == []
+        page.run(configuration)
+        return page.run("print(config.preset, config.epochs)")[0].strip()
+
+    own = "# Parameters of this page\npreset: str = 'smoke'"
+    assert told(f"{own}\nepochs = 7") == "smoke 7"
+    assert told() == "smoke 7"  # the cell below is run again alone
+    assert told(own) == "smoke 2"  # a deleted line
+    page.run(f"{own}\nepoch = 7")
+    assert "there is no parameter 'epoch'; did you mean epochs?" in page.run(configuration)[1][-1]
+    assert told(f"{own}\nepochs = 6") == "smoke 6"  # a corrected one
+    assert told(f"{own}\nepochs = 6", "# Parameters\nepochs = 5") == "smoke 5"
+    assert told(own, "trainer = network = 1") == "smoke 2"  # what the page defines is no parameter
+
+
+def test_a_page_that_is_interrupted_goes_on_and_shows_what_another_process_has_completed(facesr, page, tmp_path):
+    run = tmp_path / "smoke" / "baseline" / "seed0"
+    parameters = f"preset = 'smoke'\nepochs = 8\nperceptual_weight = 0\nout = {str(tmp_path)!r}"
+
+    def begun(printed):
+        return "epoch 1/8 done" in printed
+
+    printed, shown = page.run_all(parameters, begun, page.manager.interrupt_kernel)
+    assert [len(line) < 200 for line in shown] == [True] and "its checkpoint is at step" in shown[0]
+    assert "Run All" in shown[0] and "epoch 8/8" not in printed and not in_use(run)
+
+    train = "train", "--preset", "smoke", "--set", "epochs=8", "--set", "perceptual_weight=0", "--out", str(tmp_path)
+    other = Popen([FACESR, *train], cwd=ROOT, env=facesr.environment, stdout=PIPE, text=True)
+    while not in_use(run):
+        assert other.poll() is None
+        sleep(0.02)
+    other.send_signal(SIGSTOP)
+
+    def waits(printed):
+        return "it is followed here" in printed
+
+    printed, shown = page.run_all(parameters, waits, lambda: other.send_signal(SIGCONT))
+    said = other.communicate()[0]
+    assert other.returncode == 0 and "continuing seed0 at step" in said and "epoch 8/8 done" in said
+    assert shown == [] and f"process {other.pid}: epoch 8/8 done" in printed and "run complete" in printed
+    assert "is complete: nothing is left to train" in printed
+
+    made = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    printed, shown = page.run_all(parameters)  # once more: it is shown
+    assert shown == [] and "epoch " not in printed and "run complete" in printed
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == made
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "Results of a study that was killed, kernel and all, while it trained its second run, and started again."
+    out = tmp_path_factory.mktemp("results")
+    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
+    command = [FACESR, "study", "--preset", "smoke", "--out", str(out)]
+    killed = Popen(command, cwd=ROOT, env=environment, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+    while not (out / "smoke" / "heatmap" / "seed0" / "checkpoint" / "state.pt").exists():
+        assert killed.poll() is None, "the study ended before it could be killed"
+        sleep(0.05)
+    os.killpg(killed.pid, SIGKILL)
+    killed.wait()
+    return out, subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_a_killed_study_goes_on(study):
+    out, again = study
+    assert again.returncode == 0, again.stderr
+    assert "baseline/seed0 is complete" in again.stdout  # nothing that was complete is repeated
+    assert again.stdout.count("epoch 1/2 done") == 2  # of multiscale and deep: heatmap goes on from its first epoch
+
+
+def test_the_study_ends_with_a_report(study):
+    results, done = study
+    assert done.stdout.strip().splitlines()[-1] == str(results / "smoke" / "report.html")
     for variant in ("baseline", "multiscale", "deep", "heatmap"):
         run = results / "smoke" / variant / "seed0"
         assert {*RUN_FILES, "train.ipynb"} <= {p.name for p in run.iterdir()}
@@ -43,36 +170,31 @@ def test_the_study_ends_with_a_report(facesr, results):
     assert "What this does not show" in (results / "smoke" / "report.html").read_text()
 
 
-def test_the_study_run_again_trains_nothing(facesr, results):
-    result = facesr("study", "--preset", "smoke", "--out", results)
-    assert result.returncode == 0, result.stderr
-    assert "is complete" in result.stdout and "epoch" not in result.stdout
-
-
-def test_a_run_made_without_a_notebook_is_part_of_the_study(facesr, results, tmp_path):
-    shutil.copytree(results, tmp_path / "results")
-    shutil.rmtree(tmp_path / "results" / "smoke" / "baseline")
-    failed = (
-        tmp_path / "results" / "smoke" / "baseline" / "seed0" / "checkpoint" / "train.ipynb"
-    )  # as papermill leaves it after a cell that failed
-    failed.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "nbs" / "train.ipynb", failed)
-    assert facesr("train", "baseline", "--preset", "smoke", "--out", tmp_path / "results").returncode == 0
+def test_a_run_made_without_a_notebook_is_part_of_the_study_which_trains_nothing_again(facesr, study, tmp_path):
+    shutil.copytree(study[0], tmp_path / "results")
+    run = tmp_path / "results" / "smoke" / "baseline" / "seed0"
+    shutil.rmtree(run)
+    (run / "checkpoint").mkdir(parents=True)
+    shutil.copy(ROOT / "nbs" / "train.ipynb", run / "checkpoint")  # as papermill leaves it after a cell that failed
+    training.train(resolve(preset="smoke"), BUNDLED, tmp_path / "results", lambda line: None)
     result = facesr("study", "--preset", "smoke", "--out", tmp_path / "results")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("is complete") == 4 and "epoch" not in result.stdout
-    assert not (tmp_path / "results" / "smoke" / "baseline" / "seed0" / "train.ipynb").exists()
+    assert not (run / "train.ipynb").exists()
 
 
-def test_a_run_that_was_made_in_the_meantime_is_left_alone(results, tmp_path, monkeypatch, capsys):
-    "Another process completes the run after this one has looked and before its notebook starts."
-    shutil.copytree(results / "smoke" / "deep", tmp_path / "smoke" / "deep")
-    run = tmp_path / "smoke" / "deep" / "seed0"
-    before = {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()}
-    monkeypatch.setattr(execution, "is_complete", lambda *a: False)  # in this process, not in that of the notebook
+def test_a_run_that_was_made_in_the_meantime_is_left_alone(study, tmp_path, monkeypatch, capsys):
+    "Another process completes the run after this one has looked and before its notebook ends."
+    run, before = tmp_path / "smoke" / "deep" / "seed0", {}
+
+    def made_by_another(*arguments):
+        shutil.copytree(study[0] / "smoke" / "deep" / "seed0", run, dirs_exist_ok=True)
+        before.update({path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()})
+
+    monkeypatch.setattr(execution, "execute", made_by_another)
     execution.run_notebook("deep", "smoke", 0, None, tmp_path, ROOT / "nbs")
     assert capsys.readouterr().out.endswith(f"{run} is complete\n")
-    assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir() if path.is_file()} == before != {}
 
 
 def test_parameters_reach_the_notebook(facesr, tmp_path):
@@ -96,18 +218,10 @@ def test_parameters_reach_the_notebook(facesr, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "name, value, sentence",
-    [
-        ("variant", "depe", "variant is 'depe'; allowed are"),
-        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, paper"),
-        ("epoch", 3, "there is no parameter 'epoch'; did you mean epochs?"),
-        ("width", 30, "width is 30"),
-    ],
-)
-def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path, name, value, sentence):
-    result = papermill(facesr, tmp_path / "out.ipynb", ("out", tmp_path), (name, value))
-    assert result.returncode == 1 and sentence in result.stderr
+def test_a_wrong_parameter_stops_the_notebook(facesr, tmp_path):
+    "Others are looked at in test_publication.py."
+    result = papermill(facesr, tmp_path / "out.ipynb", ("out", tmp_path), ("epoch", 3))
+    assert result.returncode == 1 and "there is no parameter 'epoch'; did you mean epochs?" in result.stderr
     assert not (tmp_path / "quick").exists()
 
 
@@ -132,8 +246,6 @@ def test_missing_weights_end_in_a_sentence(facesr, tmp_path):
 
 def test_the_papers_recipe_takes_a_step(tmp_path):
     "The `paper` preset needs a GPU to be run; its network, objective and optimiser are put through one step here."
-    from conftest import BUNDLED
-
     from facesr.faces import FaceDataset
     from facesr.training import Trainer
 

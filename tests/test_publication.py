@@ -71,6 +71,7 @@ def make_and_kill(folder):
     shutil.copytree(folder / "made", folder / "fitted")
     table = training.finish(trainer)
     faces, shown = (trainer.faces, trainer.pixels), (folder / "made" / RUN / "shown.webp").read_bytes()
+    metrics = json.loads((folder / "made" / RUN / "metrics.json").read_text())
 
     def prepared(out, notebook):
         again = training.Trainer(config, None, out, lambda line: None)
@@ -81,10 +82,7 @@ def make_and_kill(folder):
         from facesr.runs import write_atomically
 
         write_atomically(executed, "as papermill leaves it")
-        try:
-            prepared(source.parent / parameters["out"], parameters["kept"])
-        except training.RunComplete as error:
-            raise execution.NotebookError(str(error), "RunComplete") from None
+        prepared(source.parent / parameters["out"], parameters["kept"])
         return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("what happened", id="one")])
 
     def by_study(out):
@@ -107,6 +105,8 @@ def make_and_kill(folder):
         "evaluate": lambda *a: table.drop(columns="person"),
         "Evaluator": lambda *a, **b: None,
         "shown_outputs": lambda *a: shown,
+        "shown_record": lambda *a: metrics["shown"],
+        "summarise": lambda *a: metrics["test"],
         "gmac": lambda model: 0.0,
         "progress_figure": lambda trainer: Picture(),
         "provenance": lambda provenance=trainer.provenance: dict(provenance),
@@ -204,18 +204,22 @@ def test_a_device_is_no_place_for_a_file(tmp_path):
 
 def given(**parameters):
     "What the notebook makes of them: its first cells are run, with the parameters where papermill puts them."
+    from facesr.runs import default_out
+
     notebook = json.loads((ROOT / "nbs" / "train.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][:3]
     imports, defaults, configuration = ("".join(cell["source"]).replace("%matplotlib inline", "") for cell in code)
-    injected = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    injected = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
     assert code[1]["metadata"]["tags"] == ["parameters"]
-    exec("\n".join((imports, defaults, injected, configuration)), namespace := {})
-    return tuple(namespace[name] for name in ("data", "out", "again", "kept"))
+    namespace = {"In": [imports, defaults, injected, configuration]}
+    exec("\n".join(namespace["In"]), namespace)
+    place = "default" if namespace["place"] == default_out() else namespace["place"]
+    return namespace["faces"], place, namespace["anew"], namespace["keep"]
 
 
 def test_parameters_of_the_notebook_are_what_is_meant():
-    assert given() == (None, Path("../results"), True, False)
-    assert given(out=2024, data=7) == (Path("7"), Path("2024"), True, False)
+    assert given() == (None, "default", False, False)
+    assert given(out=2024, data=7) == (Path("7"), Path("2024"), False, False)
     assert given(out="~/tries", again="True", kept="no") == (None, Path.home() / "tries", True, False)
     assert given(again="false", kept=1)[2:] == (False, True)
 
@@ -225,9 +229,12 @@ def test_parameters_of_the_notebook_are_what_is_meant():
     [
         ("again", "maybe", "again is 'maybe'; allowed are true and false"),
         ("out", ["a", "b"], "it has to be the name of a folder"),
-        ("out", "", "it has to be the name of a folder"),
+        ("out", " ", "it has to be the name of a folder"),
         ("data", 1.5, "it has to be the name of a folder"),
         ("variant", ["deep"], "variant is ['deep']; input should be a valid string"),
+        ("variant", "depe", "variant is 'depe'; allowed are"),
+        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, paper"),
+        ("width", 30, "width is 30"),
         ("seed", 2**63, "seed is 9223372036854775808; input should be less than 9223372036854775808"),
         ("seed", [0], "seed is [0]; input should be a valid integer"),
     ],

@@ -1,7 +1,6 @@
 "A run that is killed, and one that is not, end with the same bits."
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -9,7 +8,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import FACESR, ROOT
+from conftest import BUNDLED, FACESR, ROOT
+
+from facesr.study import resolve
+from facesr.training import train
 
 SMOKE = ("train", "heatmap", "--preset", "smoke", "--set", "epochs=4", "--set", "checkpoint_minutes=0")
 
@@ -26,11 +28,9 @@ def step_of(checkpoint):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "The run that nothing disturbed."
-    out = tmp_path_factory.mktemp("whole")
-    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
-    subprocess.run([FACESR, *SMOKE, "--out", str(out)], cwd=ROOT, env=environment, check=True, timeout=900)
-    return out / "smoke" / "heatmap" / "seed0"
+    "The run that nothing disturbed, in this process."
+    config = resolve("heatmap", "smoke", epochs=4, checkpoint_minutes=0)
+    return train(config, BUNDLED, tmp_path_factory.mktemp("whole"), lambda line: None)
 
 
 def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
@@ -56,11 +56,10 @@ def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
     assert metrics[0] == metrics[1]
 
 
-def test_a_complete_run_is_left_alone(facesr, whole):
-    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
-    result = facesr(*SMOKE, "--out", whole.parents[2])
-    assert result.returncode == 0 and "epoch" not in result.stdout
-    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+def test_a_complete_run_is_left_alone(whole):
+    before, said = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}, []
+    assert train(resolve("heatmap", "smoke", epochs=4), BUNDLED, whole.parents[2], said.append) == whole
+    assert said == [] and {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
@@ -89,23 +88,3 @@ def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
     last = limited.stderr.strip().splitlines()[-1]
     assert "state.pt cannot be written" in last and "make room" in last
     assert not checkpoint.exists() and not list(checkpoint.parent.glob("*.part"))
-
-
-def test_a_killed_study_goes_on(tmp_path):
-    "The same through papermill: the whole process group of `facesr study` is killed, kernel included."
-    environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
-    command = [FACESR, "study", "--preset", "smoke", "--out", str(tmp_path)]
-    run = tmp_path / "smoke" / "heatmap" / "seed0"
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while not (run / "checkpoint" / "state.pt").exists():
-        assert process.poll() is None, "the study ended before it could be killed"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert again.returncode == 0, again.stderr
-    assert "baseline/seed0 is complete" in again.stdout  # nothing that was complete is repeated
-    assert again.stdout.count("epoch 1/2 done") == 2     # of multiscale and deep: heatmap goes on from its first epoch
-    assert (run / "train.ipynb").exists() and (tmp_path / "smoke" / "report.html").exists()

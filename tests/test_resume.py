@@ -1,25 +1,19 @@
 "A run that is killed, and one that is not, end with the same bits."
 
 import json
-import signal
 import subprocess
 import time
+from signal import SIGKILL
 
 import pandas as pd
 import pytest
 import torch
-from conftest import BUNDLED, FACESR, ROOT
+from conftest import BUNDLED, FACESR, ROOT, started
 
 from facesr.study import resolve
 from facesr.training import train
 
-SMOKE = ("train", "heatmap", "--preset", "smoke", "--set", "epochs=4", "--set", "checkpoint_minutes=0")
-
-
-def start(facesr, out):
-    return subprocess.Popen(
-        [FACESR, *SMOKE, "--out", str(out)], cwd=ROOT, env=facesr.environment, stdout=subprocess.DEVNULL
-    )
+SMOKE = resolve("heatmap", "smoke", epochs=4, checkpoint_minutes=0)
 
 
 def step_of(checkpoint):
@@ -29,22 +23,24 @@ def step_of(checkpoint):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "The run that nothing disturbed, in this process."
-    config = resolve("heatmap", "smoke", epochs=4, checkpoint_minutes=0)
-    return train(config, BUNDLED, tmp_path_factory.mktemp("whole"), lambda line: None)
+    return train(SMOKE, BUNDLED, tmp_path_factory.mktemp("whole"), lambda line: None)
 
 
-def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path):
     run = tmp_path / "smoke" / "heatmap" / "seed0"
     checkpoint = run / "checkpoint" / "state.pt"
     for at_least in (3, 9):  # in the middle of the first epoch, and of the third
-        process = start(facesr, tmp_path)
+        process = started(train, SMOKE, BUNDLED, tmp_path)
         while step_of(checkpoint) < at_least:
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.is_alive(), "the run ended before it could be killed"
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -SIGKILL
         assert not (run / "metrics.json").exists()  # absent or resumable, never half complete
-    assert start(facesr, tmp_path).wait(timeout=900) == 0
+    process = started(train, SMOKE, BUNDLED, tmp_path)
+    process.join()
+    assert process.exitcode == 0
 
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (run / "per_image.csv").read_bytes() == (whole / "per_image.csv").read_bytes()
@@ -58,7 +54,7 @@ def test_a_killed_run_ends_with_the_same_bits(facesr, whole, tmp_path):
 
 def test_a_complete_run_is_left_alone(whole):
     before, said = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}, []
-    assert train(resolve("heatmap", "smoke", epochs=4), BUNDLED, whole.parents[2], said.append) == whole
+    assert train(SMOKE, BUNDLED, whole.parents[2], said.append) == whole
     assert said == [] and {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
@@ -72,11 +68,8 @@ def test_a_full_disk_costs_nothing_that_was_saved(facesr, tmp_path):
             'ulimit -f 100; exec "$@"',
             "limited",
             FACESR,
-            "train",
-            "baseline",
-            *SMOKE[2:],
-            "--out",
-            str(tmp_path),
+            *("train", "baseline", "--preset", "smoke", "--set", "checkpoint_minutes=0"),
+            *("--out", str(tmp_path)),
         ],
         cwd=ROOT,
         env=facesr.environment,

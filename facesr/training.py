@@ -66,15 +66,15 @@ def read_faces(
             " name a CelebA folder as data, or set FACESR_CELEBA to it"
         )
     limits = {"train": config.train_faces, "val": config.val_faces, "test": config.test_faces}
-    pixels = {split: _read_split(config, faces, split, limit) for split, limit in limits.items()}
-    report("using " + ", ".join(f"{len(p.names):,} {split}" for split, p in pixels.items()))
+    names = {split: faces.names(split, limit) for split, limit in limits.items()}
+    report("reading " + ", ".join(f"{len(found):,} {split}" for split, found in names.items()))
+    pixels = {split: _read_split(config, faces, split, found) for split, found in names.items()}
     if skipped := {name: reason for p in pixels.values() for name, reason in p.skipped.items()}:
         report(left_out(skipped))
     return faces, pixels
 
 # %% ../nbs/15_training.ipynb #1d4069bf
-def _read_split(config: Config, faces: FaceSet, split: str, limit: int | None) -> Pixels:
-    names = faces.names(split, limit)
+def _read_split(config: Config, faces: FaceSet, split: str, names: list[str]) -> Pixels:
     if not names:
         raise ValueError(f"there are no {split} faces in the data ({faces}); every split needs some")
     pixels = read_pixels(faces.images, names, config.degradation, config.skip_unreadable)
@@ -380,7 +380,8 @@ def interruptible(trainer: "Trainer") -> Iterator[None]:
         trainer.free()
         if not isinstance(error, KeyboardInterrupt):
             raise
-        kept = f"its checkpoint is at step {trainer.saved:,}" if trainer.saved else "there is no checkpoint of it yet"
+        kept = "its checkpoint is kept" if run_state(trainer.folder) == "resumable" else "it has no checkpoint yet"
+        kept = f"its checkpoint is at step {trainer.saved:,}" if trainer.saved else kept
         raise Interrupted(f"{from_clone(trainer.folder)}: {kept}. Run All, or the same command, goes on.") from None
 
 # %% ../nbs/15_training.ipynb #fcee44c8
@@ -427,7 +428,7 @@ class Trainer:
 
     def _prepare(self, data: str | Path | None) -> None:
         config, self.progress = self.config, Progress()
-        warn_of_slow_bfloat16(config, self.accelerator, self.say if self.main else lambda line: None)
+        warn_of_slow_bfloat16(config, self.accelerator, self.report)
         self.faces, self.pixels = read_faces(config, data, self.report)
         refuse_other_faces(self.folder, self.pixels)
         train = self.pixels["train"]

@@ -11,9 +11,9 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from threading import Thread
 from unittest.mock import patch
 
 import pytest
@@ -176,11 +176,8 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     from facesr.runs import write_atomically
 
     contents = [bytes([i]) * 500_000 for i in range(8)]
-    writers = [Thread(target=write_atomically, args=(tmp_path / "file", content)) for content in contents * 3]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with ThreadPoolExecutor(24) as writers:
+        list(writers.map(lambda content: write_atomically(tmp_path / "file", content), contents * 3))
     assert (tmp_path / "file").read_bytes() in contents and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -243,7 +243,7 @@ def _dataset(file: h5py.File, column: str, path: Path | str) -> h5py.Dataset | N
         raise _NoStore(f"{path} keeps {column} in pieces of {data.chunks}; that is too large for heatmaps")
     return data
 
-# %% ../nbs/05_store.ipynb #be123b25
+# %% ../nbs/05_store.ipynb #3637c286
 LONGEST_NAME = 1 << 15  # bytes
 
 
@@ -296,8 +296,6 @@ def _columns_of(file: h5py.File, classes: list[str], path: Path) -> dict[str, h5
     }
     if missing := set(known) - set(file) - {"sources", "checks"}:
         raise _NoStore(f"{path} has no {', '.join(sorted(missing))}; it is incomplete, remove it and make it again")
-    if odd := sorted(set(file) - set(known)):
-        raise _NoStore(f"{path} holds {odd[0]!r}, which is no part of a store; remove it and make it again")
     columns = {}
     for column, (kind, row) in known.items():
         if column not in file:
@@ -307,6 +305,8 @@ def _columns_of(file: h5py.File, classes: list[str], path: Path) -> dict[str, h5
         if data is None or data.shape[1:] != row or (not text if kind == "O" else data.dtype.kind != kind):
             found = f"{data.dtype} {data.shape}" if data is not None else "no column"
             raise _NoStore(f"{path} is no heatmap store: its {column} is {found}; remove it and make it again")
+    if odd := sorted(set(file) - set(known)):
+        raise _NoStore(f"{path} holds {odd[0]!r}, which is no part of a store; remove it and make it again")
     return columns
 
 # %% ../nbs/05_store.ipynb #0bd7795e

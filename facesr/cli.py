@@ -378,10 +378,11 @@ WeightsOption = Annotated[str, typer.Option(parser=home, help=WEIGHTS_HELP)]
 def outcome_line(
     outcome: Outcome,  # of `upscale_files`
 ) -> str:
-    "For example: 3 written, 1 could not be done; 1 other files left alone"
+    "For example: 3 written, 1 could not be done; 2 .txt, 1 hidden left alone"
     counts = {"written": outcome.written, "there already": outcome.kept, "could not be done": outcome.failed}
     done = ", ".join(f"{len(files):,} {what}" for what, files in counts.items() if files)
-    return done + (f"; {outcome.others:,} other files left alone" if outcome.others else "")
+    others = ", ".join(f"{count:,} {kind}" for kind, count in outcome.others.most_common())
+    return done + (f"; {others} left alone" if others else "")
 
 # %% ../nbs/20_cli.ipynb #200f4311
 @app.command(

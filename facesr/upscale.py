@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .alignment import FaceFinder
 from .degradation import degrade, hr_face, HR_SIZE, interpolate, LR_SIZE, to_float, to_uint8
-from .images import image_files, IMAGE_SUFFIXES, image_tensor, read_image, upright_rgb
+from .images import image_files, IMAGE_SUFFIXES, image_tensor, read_image, upright_rgb, WRITTEN_SUFFIXES
 from .model import load_model, SuperResolutionUNet
 from .runs import write_atomically
 
@@ -302,21 +302,22 @@ def _output_of_file(source: Path, out: Path) -> Path:
     "`out` itself where it has an image's suffix and is no folder, else a file in the folder `out`."
     if out.is_dir():
         return out / f"{source.stem}.png"
-    if out.suffix.lower() in IMAGE_SUFFIXES:
+    if out.suffix.lower() in WRITTEN_SUFFIXES:
         return out
     if out.suffix.lower() in Image.registered_extensions():
-        raise ValueError(f"{out} would be a {out.suffix[1:].upper()} file; outputs can be {', '.join(IMAGE_SUFFIXES)}")
+        kind = out.suffix[1:].upper()
+        raise ValueError(f"{out} would be a {kind} file; outputs can be {', '.join(WRITTEN_SUFFIXES)}")
     return out / f"{source.stem}.png"
 
 
 def planned_outputs(
     source: str | Path,             # an image, or a folder of them
     out: str | Path,                # for an image: a file with an image's suffix, or a folder; for a folder: a folder
-) -> tuple[dict[Path, Path], int]:  # the output of each input, sorted; how many other files there are
+) -> tuple[dict[Path, Path], Counter[str]]:  # the output of each input, sorted; other files by kind
     "What would be written where. Raises FileNotFoundError or ValueError."
     source, out = Path(source), Path(out)
     if source.is_file():
-        return {source: _output_of_file(source, out)}, 0
+        return {source: _output_of_file(source, out)}, Counter()
     if not source.is_dir():
         found = "is neither a file nor a folder" if os.path.lexists(source) else "is not there"
         raise FileNotFoundError(f"{source} {found}; it has to be an image or a folder of images")
@@ -414,8 +415,8 @@ def _check_options(prepare: str | None, existing: str, sheet: Path | None) -> No
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}; allowed are {', '.join(EXISTING)}")
     _check_prepare(prepare)
-    if sheet and sheet.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"sheet is {sheet}; it has to end in one of {', '.join(IMAGE_SUFFIXES)}")
+    if sheet and sheet.suffix.lower() not in WRITTEN_SUFFIXES:
+        raise ValueError(f"sheet is {sheet}; it has to end in one of {', '.join(WRITTEN_SUFFIXES)}")
 
 
 def _already_there(outputs: dict[Path, Path], existing: str, sheet: Path | None) -> set[Path]:
@@ -458,7 +459,7 @@ class Outcome:
     written: list[Path] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)         # outputs that were there, with existing="skip"
     failed: dict[Path, str] = field(default_factory=dict)  # by input: why there is no output
-    others: int = 0                                        # files that are no images by their suffix
+    others: Counter[str] = field(default_factory=Counter)  # files that are no images, by kind
 
 
 def upscale_files(

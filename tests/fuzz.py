@@ -393,6 +393,7 @@ def _face(rng: random.Random, width: int = 178, height: int = 218):
 def make_images(folder: Path) -> None:
     "One picture in every format and mode that is read."
     from PIL import Image, ImageCms
+    from pillow_heif import from_pillow
 
     picture = _face(random.Random("face"))
     exif = Image.Exif()
@@ -411,6 +412,10 @@ def make_images(folder: Path) -> None:
     picture.resize((136, 136)).save(folder / "animated.webp", save_all=True, append_images=[picture.resize((136, 136))])
     picture.resize((136, 140)).save(folder / "plain.bmp")
     picture.resize((136, 140)).quantize(16).save(folder / "palette.bmp")
+    picture.save(folder / "packed.tif", compression="tiff_lzw", exif=exif, icc_profile=profile)
+    picture.save(folder / "photographic.tif", compression="jpeg")
+    picture.resize((136, 140)).convert("I").point(lambda x: x * 257).convert("I;16").save(folder / "sixteen.tif")
+    from_pillow(picture).save(folder / "phone.heic")
 
 
 NAMES = [f"{i:06}.jpg" for i in range(1, 25)]

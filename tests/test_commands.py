@@ -212,7 +212,7 @@ def test_an_odd_output_is_named(evaluate, tmp_path):
     assert str(odd) in error
     odd.unlink()
     odd.write_bytes(b"no image")
-    assert evaluate()[0] == f"{odd}: no image that can be decoded (JPEG, PNG, WebP or BMP)"
+    assert evaluate()[0] == f"{odd}: no image that can be decoded; save it as JPEG, PNG, WebP, BMP, TIFF or HEIC"
 
 
 def test_a_file_is_not_said_to_be_absent(evaluate, tmp_path):

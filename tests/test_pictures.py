@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import BUNDLED
 from PIL import Image, ImageCms
+from pillow_heif import from_pillow
 
 from facesr import images
 from facesr.images import read_image, upright_rgb
@@ -76,6 +77,14 @@ def in_srgb(levels, primaries, power):
 
 def saved(image, format="PNG", **options):
     image.save(buffer := BytesIO(), format, **options)
+    return buffer.getvalue()
+
+
+def heic(image, **info):
+    "A photograph as phones make them."
+    photograph = from_pillow(image)
+    photograph.info.update(info)
+    photograph.save(buffer := BytesIO(), quality=-1, chroma=444)
     return buffer.getvalue()
 
 
@@ -236,13 +245,17 @@ def test_unreadable_exif_entries_do_not_matter(format):
 
 def test_pictures_are_turned_once_in_all_eight_ways():
     lying = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)).convert("RGB")
-    upright = np.asarray(lying)
+    upright, enlarged = np.asarray(lying), np.asarray(lying.resize((48, 32), 0))
     ways = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1)]
     ways += [lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]
     for number, way in enumerate(ways, start=1):
         read = read_image(saved(lying, exif=exif((0x0112, 3, 1, bytes([number, 0, 0, 0])))))
         assert np.array_equal(read, way(upright)), number
         assert np.array_equal(upright_rgb(read), read), number
+        tiff = saved(lying, "TIFF", compression="tiff_lzw", exif=exif((0x0112, 3, 1, bytes([number, 0, 0, 0])))[6:])
+        assert np.array_equal(read_image(tiff), way(upright)), number
+        turned = read_image(heic(lying.resize((48, 32), 0), exif=exif((0x0112, 3, 1, bytes([number, 0, 0, 0])))))
+        assert turned.size == way(np.zeros((32, 48))).shape[::-1] and apart(turned, way(enlarged)) <= 2, number
 
 
 # JPEGs with many scans
@@ -273,3 +286,98 @@ def test_what_looks_like_scans_does_not_count():
     assert images._scans(content) == 10
     filled = saved(picture, "JPEG", progressive=True).replace(b"\xff\xda", b"\xff\xff\xff\xda")
     assert images._scans(filled) == 10 and read_image(filled).size == (99, 99)
+
+
+# Photographs of phones, TIFF files
+
+
+def test_heic_is_read_and_nothing_else_is_opened_for_it(colours):
+    primaries, power = OTHERS["Display P3"]
+    icc = rgb_profile(primaries, curve(round(power * 256)))
+    expected = in_srgb(colours.astype(float), primaries, power)
+    content = heic(Image.fromarray(colours), icc_profile=icc)
+    assert np.abs(np.asarray(read_image(content)) - expected).mean() < 1  # it is lossy; without the profile 12
+    assert "HEIF" not in Image.OPEN
+    for damaged in (content[:20], content[:300], content[: len(content) // 2], content[:-5]):
+        with pytest.raises(ValueError, match=r"^is damaged \(.*\); copy it again, or save it anew$"):
+            read_image(damaged)
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"isom", b"qt  "])
+def test_films_are_no_photographs(brand):
+    content = heic(Image.new("RGB", (64, 64)))
+    content = content[:8] + brand + content[12:]
+    with pytest.raises(ValueError, match="no image that can be decoded; save it as JPEG, PNG, WebP, BMP, TIFF or HEIC"):
+        read_image(content)
+
+
+def test_a_heic_that_is_larger_than_it_says_is_refused():
+    content = heic(Image.new("L", (640, 640)))
+    small = content.replace(struct.pack(">II", 640, 640), struct.pack(">II", 64, 64))
+    assert small != content
+    with pytest.raises(ValueError, match="^is damaged .*Image size 640x640 exceeds"):
+        read_image(small)
+
+
+def tiff(tags, pixels):
+    "A TIFF file with these tags, each a number of two bytes or several; the pixels are where tag 273 says."
+    place = 8 + 2 + 12 * len(tags) + 4
+    entries, after = b"", b""
+    for tag, value in sorted(tags.items()):
+        packed = struct.pack(f"<{len(value)}H", *value) if isinstance(value, tuple) else struct.pack("<HH", value, 0)
+        count = len(value) if isinstance(value, tuple) else 1
+        if len(packed) > 4:
+            after, packed = after + packed, struct.pack("<I", place + len(after))
+        entries += struct.pack("<HHI", tag, 3, count) + packed.ljust(4, b"\0")
+    at = struct.pack("<HHII", 273, 3, 1, 0)
+    entries = entries.replace(at, at[:8] + struct.pack("<I", place + len(after)))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + after + pixels
+
+
+def one_pixel(bits, meaning, pixels):
+    bits = bits if isinstance(bits, tuple) else (bits,)
+    return tiff({256: 1, 257: 1, 258: bits, 259: 1, 262: meaning, 273: 0, 277: len(bits), 279: len(pixels)}, pixels)
+
+
+@pytest.mark.parametrize(
+    "bits, meaning, pixels, expected",
+    [
+        ((16, 16, 16), 2, struct.pack("<3H", 65535, 100 * 257, 0), (255, 100, 0)),
+        (16, 1, struct.pack("<H", 100 * 257), (100, 100, 100)),
+        (8, 0, b"\0", (255, 255, 255)),
+        (16, 0, struct.pack("<H", 0), "holds grey of 16 bits whose white is not known; save it with 8 or 16 bit"),
+        (12, 1, b"\xff\xf0", "holds grey of 12 bits whose white is not known; save it with 8 or 16 bit"),
+        (32, 1, bytes(4), "holds 32-bit integers, whose range is not known; save it with 8 or 16 bit"),
+        ((32, 32, 32), 2, bytes(12), "no image that can be decoded; save it as"),
+    ],
+)
+def test_tiff_in_many_bits(bits, meaning, pixels, expected):
+    content = one_pixel(bits, meaning, pixels)
+    if isinstance(expected, tuple):
+        assert read_image(content).getpixel((0, 0)) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            read_image(content)
+
+
+def test_a_tiff_of_many_pages_is_refused_at_the_second():
+    page = bytearray(one_pixel(8, 1, b"\0"))
+    page += bytes(len(page) % 2)
+    end = 8 + 2 + 12 * 8  # of the first page: where the next one is
+    page[end : end + 4] = struct.pack("<I", len(page))
+    start, many = len(page), 100_000
+    for number in range(1, many + 1):
+        page += struct.pack("<HHHIII", 1, 256, 3, 1, 1, start + 18 * number if number < many else 0)
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="it is several pages; save the one that is meant"):
+        read_image(bytes(page))
+    assert time.perf_counter() - begun < 1
+
+
+def test_a_picture_that_breaks_off_is_told_so_in_every_format():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8))
+    whole = {format: saved(noise, format) for format in ("JPEG", "PNG", "BMP", "TIFF")}
+    parts = [content[: len(content) * 2 // 3] for content in whole.values()] + [whole["PNG"][:22], whole["PNG"][:-30]]
+    for content in parts:
+        with pytest.raises(ValueError, match="^image file is truncated; copy it again from where it is whole$"):
+            read_image(content)

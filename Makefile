@@ -4,7 +4,7 @@
 #                       SEEDS=3 repeats, from SEED on, WORKERS=2 at a time or SCHEDULER=tcp://...
 # make results          remake the results that the repository keeps: quick and, where DATA is CelebA, celeba
 # make test             what CI runs: notebooks in step, ruff, nbdev_test, pytest (two tests at a time, a thread each)
-# make lab              JupyterLab, on the notebook to start from
+# make lab              JupyterLab, on the notebook to start from (LAB=--no-browser and other options of its own)
 # make prepare          after editing notebooks: clean, export, README
 # make notebooks        run again the notebooks whose saved outputs are older than their code, or NB="06_model report"
 # make lock             requirements.lock anew: the newest versions within the ranges of settings.ini
@@ -84,7 +84,8 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(bin)/pytest -q -n 2 --dist loadfile tests
 
 lab: .venv/ready
-	$(bin)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/upscale.ipynb
+	$(bin)/jupyter trust --log-level ERROR nbs/*.ipynb
+	$(bin)/jupyter lab --config=nbs/lab.py $(LAB)
 
 notebooks: .venv/ready
 	$(bin)/python nbs/execute.py $$NB

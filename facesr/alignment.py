@@ -199,15 +199,21 @@ class FaceFinder:
             fits = _looked_at_again(image, fits, self.parts) if fits else []
         return _by_size(_distinct(fits))
 
+    def found(
+        self,
+        image: Image.Image,              # RGB
+    ) -> list[tuple[complex, complex]]:  # as above, at least one
+        "Where the faces are, the largest first. Raises ValueError where there is none."
+        if not (found := self.transforms(image)):
+            raise ValueError(
+                "it shows no face with both eyes, nose and mouth in sight; "
+                "crop the face yourself and choose the preparation face-crop"
+            )
+        return found
+
     def __call__(
         self,
         image: Image.Image,  # RGB, any size
     ) -> Image.Image:        # 178x218 RGB
         "The largest face, aligned. Raises ValueError where there is none."
-        found = self.transforms(image)
-        if not found:
-            raise ValueError(
-                "it shows no face with both eyes, nose and mouth in sight; "
-                "crop the face yourself and say prepare='face-crop'"
-            )
-        return warp(image, *found[0])
+        return warp(image, *self.found(image)[0])

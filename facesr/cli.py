@@ -8,10 +8,10 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption', 'ConfidenceOption', 'IouOption',
            'SizeOption', 'UseConfidenceOption', 'StoreArgument', 'FigureOption', 'PublishedArgument',
            'NewStoreArgument', 'NamesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption',
-           'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption',
-           'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
-           'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption', 'FORESEEN', 'home', 'path',
-           'study_command', 'given_settings', 'train_command', 'print_store', 'heatmaps_make', 'file_format',
+           'FacesOption', 'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP',
+           'WeightsOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption',
+           'NoLpipsOption', 'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption', 'FORESEEN', 'home',
+           'path', 'study_command', 'given_settings', 'train_command', 'print_store', 'heatmaps_make', 'file_format',
            'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people',
            'people_of', 'number', 'summary_lines', 'evaluate_command', 'export_onnx_command', 'is_foreseen',
            'lacks_memory', 'sentence_of', 'flush_output', 'run_app', 'knows_home', 'some_home', 'main']
@@ -353,6 +353,14 @@ SheetOption = Annotated[
         help=f"Also a picture of input, bicubic and output side by side, of the first {SHEET_FACES} faces.",
     ),
 ]
+FacesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--targets",
+        parser=path,
+        help="Also a folder of the 128x128 faces that inputs were made of: what facesr evaluate compares outputs with.",
+    ),
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Faces at a time.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute, as PyTorch names it: cpu, cuda, mps.")]
 
@@ -396,12 +404,13 @@ def upscale_command(
     prepare: PrepareOption = None,
     existing: ExistingOption = "stop",
     sheet: SheetOption = None,
+    targets: FacesOption = None,
     weights: WeightsOption = DEFAULT_WEIGHTS,
     batch_size: BatchOption = 16,
     device: DeviceOption = "cpu",
 ):
     upscaler = Upscaler.from_pretrained(weights, device, batch_size)
-    outcome = upscale_files(upscaler, source, out, prepare, existing, sheet, progress=True)
+    outcome = upscale_files(upscaler, source, out, prepare, existing, sheet, progress=True, targets=targets)
     if source.is_file() and outcome.failed:
         raise ValueError(f"{source}: {outcome.failed[source]}")
     for path, reason in outcome.failed.items():

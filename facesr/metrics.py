@@ -397,7 +397,12 @@ def _read_face(path: Path, crop: bool) -> Image.Image:
     if not crop and image.size != (HR_SIZE, HR_SIZE):
         raise ValueError(
             f"{path} is {image.width}x{image.height}; it has to be {HR_SIZE}x{HR_SIZE}"
-            " (targets that are face crops: --prepare face-crop, prepare='face-crop')"
+            " (for targets that are face crops choose the preparation face-crop)"
+        )
+    if crop and min(image.size) < HR_SIZE:
+        raise ValueError(
+            f"{path} is {image.width}x{image.height}; a target needs at least {HR_SIZE} pixels a side, "
+            "for an enlargement is no truth to measure against"
         )
     return hr_face(image) if crop else image
 

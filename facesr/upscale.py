@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Preparation', 'PREPARATIONS', 'Taken', 'Small', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'SHEET_FACES', 'Existing', 'EXISTING',
-           'face_crop', 'Preparer', 'pretrained', 'Upscaler', 'planned_outputs', 'side_by_side', 'Outcome',
-           'upscale_files', 'export_onnx']
+           'Face', 'Preparer', 'pretrained', 'Upscaler', 'planned_outputs', 'side_by_side', 'Outcome', 'upscale_files',
+           'export_onnx']
 
 # %% ../nbs/18_upscale.ipynb #2522509f
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .alignment import FaceFinder
+from .alignment import CELEBA_FRAME, FaceFinder, warp
 from .degradation import degrade, hr_face, HR_SIZE, interpolate, LR_SIZE, to_float, to_uint8
 from .images import image_files, IMAGE_SUFFIXES, image_tensor, read_image, upright_rgb, WRITTEN_SUFFIXES
 from .model import load_model, SuperResolutionUNet
@@ -45,16 +45,29 @@ def _check_prepare(prepare: str | None) -> None:
             f"and None for images of {LR_SIZE}x{LR_SIZE}"
         )
 
+# %% ../nbs/18_upscale.ipynb #21ce92c9
+@dataclass
+class Face:
+    "A face, cut out as the study cuts them."
 
-def face_crop(
-    image: Image.Image,  # RGB, a cropped face
-) -> Image.Image:        # 16x16 RGB
-    "Largest central square, then the study's degradation. Raises ValueError for an image smaller than the result."
+    target: Image.Image  # 128x128 RGB: its input is made of it, and an output is measured against it
+    side: int            # in the photograph, in pixels; below 128 the target is an enlargement
+    among: int           # so many faces the photograph shows, at most `CANDIDATES`; 1 for a crop
+
+
+def _cropped(
+    image: Image.Image,  # RGB, a face crop
+) -> Face:
+    "Largest central square. Raises ValueError for an image smaller than the network's input."
     if min(image.size) < LR_SIZE:
         raise ValueError(f"it is {image.width}x{image.height}; a face crop needs at least {LR_SIZE} pixels a side")
-    return degrade(hr_face(image))
+    return Face(hr_face(image), min(image.size), 1)
 
 # %% ../nbs/18_upscale.ipynb #c2e9db56
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    return upright_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
+
+
 class Preparer:
     "Makes of an image what the network will be given."
 
@@ -77,17 +90,28 @@ class Preparer:
         prepare: str | None = None,         # a name in PREPARATIONS; None: the image is 16x16
     ) -> Image.Image:                       # 16x16 RGB
         "The small image. Raises ValueError that says what was found and what is allowed."
-        self.ready(prepare)
-        image = upright_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
-        if prepare == "detect":
-            image = self.finder(image)
-        if prepare is None and image.size != (LR_SIZE, LR_SIZE):
+        if prepare is not None:
+            return degrade(self.face(image, prepare).target)
+        image = _opened(image)
+        if image.size != (LR_SIZE, LR_SIZE):
             raise ValueError(
-                f"it is {image.width}x{image.height}, and has to be {LR_SIZE}x{LR_SIZE}; "
-                "say prepare='face-crop' for a face that is cropped already, "
-                "prepare='detect' for a photograph with a face in it"
+                f"it is {image.width}x{image.height}, and has to be {LR_SIZE}x{LR_SIZE}; choose a preparation: "
+                "face-crop for a face that is cropped already, detect for a photograph with a face in it"
             )
-        return image if prepare is None else face_crop(image)
+        return image
+
+    def face(
+        self,
+        image: Image.Image | str | Path,    # as above
+        prepare: str,                       # a name in PREPARATIONS
+    ) -> Face:
+        "What the small image is made of. Raises ValueError that says what was found and what is allowed."
+        self.ready(prepare)
+        image = _opened(image)
+        if prepare == "face-crop":
+            return _cropped(image)
+        fits = self.finder.found(image)
+        return Face(hr_face(warp(image, *fits[0])), round(CELEBA_FRAME[0] / abs(fits[0][0])), len(fits))
 
 # %% ../nbs/18_upscale.ipynb #de1646f3
 Taken = tuple[Tensor, Callable[[Tensor], Any]]  # the network's input, and what its output becomes
@@ -333,18 +357,34 @@ def planned_outputs(
     return {path: out / path.relative_to(source).with_name(names[path]) for path in found}, others
 
 # %% ../nbs/18_upscale.ipynb #e8d6c5d1
-def _check_places(outputs: dict[Path, Path], sheet: Path | None) -> None:
-    "Raises ValueError where an input would be overwritten, or an output by another or by the sheet."
-    places = Counter(map(os.path.realpath, [*outputs.values(), *([sheet] if sheet else [])]))
-    if clash := places.keys() & set(map(os.path.realpath, outputs)):
+def _check_places(inputs: Iterable[Path], written: list[Path]) -> None:
+    "Raises ValueError where an input would be overwritten, or what is written by something else that is."
+    places = Counter(map(os.path.realpath, written))
+    if clash := places.keys() & set(map(os.path.realpath, inputs)):
         raise ValueError(
             f"{min(clash)} is one of the inputs and would be overwritten; choose another place for the outputs"
         )
     if twice := [path for path, times in places.items() if times > 1]:
         raise ValueError(
-            f"{twice[0]} would be written twice, for two inputs or for an input and the sheet; "
-            "rename one, or choose another place for the sheet"
+            f"{twice[0]} would be written twice, for two inputs or as output, target and sheet; "
+            "rename one, or choose another place"
         )
+
+# %% ../nbs/18_upscale.ipynb #2c50afb1
+def _planned_targets(
+    outputs: dict[Path, Path],  # of each input
+    source: Path,
+    out: Path,
+    targets: Path,              # a folder for them
+) -> dict[Path, Path]:          # the target of each input
+    "Raises ValueError where they would be taken for inputs or outputs the next time."
+    for place, what in ((source, "inputs"), (out, "outputs")):
+        if Path(os.path.realpath(targets)).is_relative_to(os.path.realpath(place)):
+            raise ValueError(f"{targets} lies where the {what} are; choose another folder for the targets")
+    if os.path.lexists(targets) and not targets.is_dir():
+        raise ValueError(f"{targets} is no folder; targets need one")
+    names = {path: output.relative_to(out) if output != out else Path(output.name) for path, output in outputs.items()}
+    return {path: (targets / name).with_suffix(".png") for path, name in names.items()}
 
 # %% ../nbs/18_upscale.ipynb #a47d3b59
 def _encoded(image: Image.Image, path: Path) -> bytes:
@@ -370,23 +410,35 @@ def side_by_side(
     return sheet
 
 # %% ../nbs/18_upscale.ipynb #a6cab155
+def _target(face: Face) -> Image.Image:
+    "Raises ValueError where it would be an enlargement."
+    if face.side < HR_SIZE:
+        raise ValueError(
+            f"its face is {face.side}x{face.side} pixels and cannot be a target of {HR_SIZE}x{HR_SIZE}; "
+            "it can be up-scaled without targets"
+        )
+    return face.target
+
+
 def _upscaled(
     upscaler: Upscaler,
-    todo: list[Path],                     # the inputs
+    todo: list[Path],         # the inputs
     prepare: str | None,
-    failed: dict[Path, str],              # gets the reason of each input that cannot be done
-    progress: bool,                       # show a bar
-) -> Iterator[tuple[Path, Image.Image]]:  # input, and what it becomes
-    waiting = {}
+    failed: dict[Path, str],  # gets the reason of each input that cannot be done
+    progress: bool,           # show a bar
+    targets: bool = False,    # give them too
+) -> Iterator[tuple[Path, Image.Image, Image.Image | None]]:  # input, what it becomes, its target
+    waiting, true = {}, {}
     bar = tqdm(todo, desc="upscale", unit="face", disable=None if progress else True)  # None: unless piped
     for done, path in enumerate(bar, start=1):
         try:
-            waiting[path] = image_tensor(upscaler.small(path, prepare))
+            true[path] = _target(upscaler.small.face(path, prepare)) if targets else None
+            waiting[path] = image_tensor(degrade(true[path]) if targets else upscaler.small(path, prepare))
         except ValueError as error:
             failed[path] = str(error)
         if waiting and (len(waiting) == upscaler.batch_size or done == len(todo)):
             sr = upscaler.upscale(to_float(torch.cat(list(waiting.values()))))
-            yield from zip(waiting, map(_picture, to_uint8(sr)))
+            yield from zip(waiting, map(_picture, to_uint8(sr)), map(true.pop, waiting))
             waiting = {}
 
 # %% ../nbs/18_upscale.ipynb #2152f0aa
@@ -411,20 +463,22 @@ Existing = Literal["stop", "skip", "overwrite"]
 EXISTING = get_args(Existing)
 
 
-def _check_options(prepare: str | None, existing: str, sheet: Path | None) -> None:
+def _check_options(prepare: str | None, existing: str, sheet: Path | None, targets: Path | None = None) -> None:
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}; allowed are {', '.join(EXISTING)}")
     _check_prepare(prepare)
     if sheet and sheet.suffix.lower() not in WRITTEN_SUFFIXES:
         raise ValueError(f"sheet is {sheet}; it has to end in one of {', '.join(WRITTEN_SUFFIXES)}")
+    if targets and prepare is None:
+        raise ValueError(f"images of {LR_SIZE}x{LR_SIZE} have no targets; for others choose a preparation")
 
 
-def _already_there(outputs: dict[Path, Path], existing: str, sheet: Path | None) -> set[Path]:
-    "The outputs that exist. Raises FileExistsError where they, or the sheet, have to stop everything."
-    there = {path for path in outputs.values() if os.path.exists(path)}  # no error for a name that is too long
+def _already_there(places: list[Path], existing: str, sheet: Path | None) -> set[Path]:
+    "The outputs and targets that exist. Raises FileExistsError where they, or the sheet, have to stop everything."
+    there = {path for path in places if os.path.exists(path)}  # no error for a name that is too long
     if existing == "stop" and (there or (sheet and os.path.exists(sheet))):
         raise FileExistsError(
-            f"{min(there) if there else sheet} is there already ({len(there)} of {len(outputs)} outputs are); "
+            f"{min(there) if there else sheet} is there already ({len(there)} of {len(places)} outputs are); "
             "say what to do with existing outputs: skip or overwrite"
         )
     return there
@@ -463,31 +517,36 @@ class Outcome:
 
 
 def upscale_files(
-    upscaler: Upscaler,               # what draws them
-    source: str | Path,               # an image, or a folder of them
-    out: str | Path,                  # where to: see `planned_outputs`
-    prepare: str | None = None,       # as in `Upscaler`
-    existing: str = "stop",           # outputs and a sheet that are there: "stop" at once, "skip" or "overwrite" them
-    sheet: str | Path | None = None,  # also a picture of inputs, bicubic and outputs, of the first SHEET_FACES
-    progress: bool = False,           # show a bar
+    upscaler: Upscaler,                 # what draws them
+    source: str | Path,                 # an image, or a folder of them
+    out: str | Path,                    # where to: see `planned_outputs`
+    prepare: str | None = None,         # as in `Upscaler`
+    existing: str = "stop",             # what is there already: "stop" at once, "skip" or "overwrite" it
+    sheet: str | Path | None = None,    # also a picture of inputs, bicubic and outputs, of the first SHEET_FACES
+    progress: bool = False,             # show a bar
+    targets: str | Path | None = None,  # also a folder of the faces, 128x128, that inputs were made of
 ) -> Outcome:
     """Up-scale files. Raises ValueError or OSError before anything is written.
 
     Raises OSError also where writing fails; what was written by then is whole."""
-    sheet = Path(sheet) if sheet else None
-    _check_options(prepare, existing, sheet)
+    sheet, targets = Path(sheet) if sheet else None, Path(targets) if targets else None
+    _check_options(prepare, existing, sheet, targets)
     outputs, others = planned_outputs(source, out)
-    _check_places(outputs, sheet)
+    aims = _planned_targets(outputs, Path(source), Path(out), targets) if targets else {}
+    _check_places(outputs, [*outputs.values(), *aims.values(), *([sheet] if sheet else [])])
     upscaler.small.ready(prepare)
-    there = _already_there(outputs, existing, sheet)
+    there = _already_there([*outputs.values(), *aims.values()], existing, sheet)
     kept = {path for path in there if path.is_file()} if existing == "skip" else set()
-    outcome = Outcome(kept=sorted(kept), others=others)
-    todo = {path: output for path, output in outputs.items() if output not in kept}
-    for path, image in _upscaled(upscaler, list(todo), prepare, outcome.failed, progress):
-        if reason := _not_written(todo[path], _encoded(image, todo[path])):
+    outcome = Outcome(kept=sorted(kept.intersection(outputs.values())), others=others)
+    todo = [path for path, output in outputs.items() if not {output, aims.get(path, output)} <= kept]
+    for path, image, target in _upscaled(upscaler, todo, prepare, outcome.failed, progress, bool(targets)):
+        places = zip((aims.get(path), outputs[path]), (target, image))
+        missing = {place: picture for place, picture in places if place and place not in kept}
+        troubles = (_not_written(place, _encoded(picture, place)) for place, picture in missing.items())
+        if reason := next(filter(None, troubles), None):
             outcome.failed[path] = reason
-        else:
-            outcome.written.append(todo[path])
+        elif outputs[path] in missing:
+            outcome.written.append(outputs[path])
     if sheet and not (existing == "skip" and os.path.exists(sheet)):
         made = {path: output for path, output in outputs.items() if path not in outcome.failed}
         if picture := _sheet(upscaler, made, prepare):

@@ -104,8 +104,8 @@ def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):
     result = facesr("upscale", odd_files / "plain.png", tmp_path / "out")
     assert result.returncode == 1 and not (tmp_path / "out").exists()
     assert result.stderr.strip().endswith(
-        "has to be 16x16; say prepare='face-crop' for a face that is cropped already, "
-        "prepare='detect' for a photograph with a face in it"
+        "has to be 16x16; choose a preparation: "
+        "face-crop for a face that is cropped already, detect for a photograph with a face in it"
     )
 
 

@@ -36,6 +36,7 @@ MADE = {
     "make_weights": ("asset", PACKAGE / "assets" / "weights", ("*.safetensors",)),
     "search": ("results", ROOT / "results", ("search*.csv", "search/*")),
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 NEW_FOLDER = object()  # a temporary one
 PARAMETERS = {
     "train": {"variant": "heatmap", "preset": "quick", "out": NEW_FOLDER},
@@ -190,7 +191,10 @@ def execute(name: str) -> None:
         for cell, found in zip(notebook.cells, tags):
             cell.metadata.update({"tags": found} if found else {})  # papermill gives some to every cell
         notebook.cells = [cell for cell, found in zip(notebook.cells, tags) if "injected-parameters" not in found]
-        notebook.metadata.pop("widgets", None)  # their state; a saved page shows what they have drawn
+        notebook.metadata.pop("widgets", None)  # they live where the notebook runs; on a saved page they would be dead
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         cleaned = Path(folder) / path.name
         cleaned.write_text(as_published(notebook).replace(folder, "results/mine"), encoding="utf-8")
         command = [Path(sys.executable).with_name("nbdev_clean"), "--fname", cleaned]

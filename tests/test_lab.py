@@ -1,0 +1,221 @@
+"The notebooks in JupyterLab, as `make lab` starts it, in a real browser: what is on the page, by pixels or by text."
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from base64 import b64decode
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BUNDLED, ROOT
+from PIL import Image
+
+from facesr.upscale import Upscaler
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium or google-chrome")
+
+FACES = sorted(BUNDLED.rglob("*.jpg"))
+SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+SWITCHES += ("--disable-component-update", "--disable-sync")
+NO_NEWS = ".jupyter/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+
+
+def eventually(found, what, seconds=120):
+    "The first value that counts as true; waits for it."
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "What a clone holds, as far as the notebooks need it."
+    place = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "nbs", place / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(ROOT / "Makefile", place)
+    (place / "facesr").symlink_to(ROOT / "facesr")
+    return place
+
+
+@pytest.fixture(scope="module")
+def address(clone, tmp_path_factory):
+    "JupyterLab runs there."
+    home = tmp_path_factory.mktemp("home")
+    (home / NO_NEWS).parent.mkdir(parents=True)
+    (home / NO_NEWS).write_text('{"fetchNews": "false"}')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --IdentityProvider.token=''"
+    command = ["make", "-o", ".venv/ready", "lab", f"bin={Path(sys.executable).parent}", f"LAB={options}"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "FACESR"))}
+    environment = inherited | {"HOME": str(home), "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    url, opener = f"http://127.0.0.1:{port}", urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while True:
+                assert server.poll() is None, (home / "log").read_text()
+                try:
+                    opener.open(f"{url}/api/status", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+
+
+class Notebook:
+    "A notebook in a tab of the browser."
+
+    def __init__(self, browser, address, name):
+        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.page.goto(f"{address}/lab/tree/nbs/{name}.ipynb?reset")
+        self.idle()
+
+    def idle(self):
+        eventually(lambda: self.page.get_by_text("Python 3 (ipykernel) | Idle").count(), "the kernel is not idle")
+
+    def choose(self, menu, item):
+        self.page.locator(f'.lm-MenuBar-itemLabel:text-is("{menu}")').click()
+        self.page.locator(f'.lm-Menu-itemLabel:text-is("{item}")').click()
+
+    def text(self):
+        return self.page.locator(".jp-Notebook").inner_text()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, address):
+    return Notebook(browser, address, "upscale")
+
+
+def test_a_saved_notebook_opens_as_it_was_saved(opened):
+    assert opened.page.locator(".lm-TabBar-tab", has_text="upscale.ipynb").count() == 1
+    assert not opened.page.locator(".jp-mod-dirty").count()
+    assert "children=(" not in opened.text()
+
+
+@pytest.fixture(scope="module")
+def chooser(opened):
+    "The notebook has run, and pictures can be chosen."
+    opened.choose("Run", "Run All Cells")
+    eventually(opened.page.locator("button.widget-upload").count, "there is no chooser")
+    opened.idle()
+    assert not opened.page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+    return opened.page
+
+
+def shown(image):
+    "The pixels that an image of the page was given."
+    return np.asarray(Image.open(BytesIO(b64decode(image.get_attribute("src").split(",")[1]))).convert("RGB"), float)
+
+
+def test_the_slider_moves_the_line(chooser):
+    picture = chooser.locator(".widget-interact img")
+    before = shown(picture)
+    chooser.locator(".widget-interact .noUi-handle").last.focus()
+    chooser.keyboard.press("Home")  # the line at the left edge: all of it is the output
+    eventually(lambda: np.abs(shown(picture) - before)[:, :180].mean() > 2, "the picture stays as it was", 20)
+    assert np.abs(shown(picture) - before)[:, 200:].mean() < 1
+
+
+def say(chooser, kind):
+    "What the pictures are."
+    chooser.locator(".widget-dropdown", has_text="They are").locator("select").select_option(label=kind)
+
+
+def give(chooser, files):
+    "Choose files, and wait until they are drawn. Returns the lines that told how far it was."
+    with chooser.expect_file_chooser() as dialog:
+        chooser.locator("button.widget-upload").click()
+    said, status = [], chooser.locator(".widget-html", has_text=re.compile(rf"^\d+ of {len(files)}( drawn)?$"))
+    dialog.value.set_files(files)
+
+    def done():
+        said.extend(status.all_inner_texts())
+        return said and said[-1].endswith("drawn")
+
+    eventually(done, "the pictures are not drawn")
+    return [line.strip() for line in said]
+
+
+def outputs(chooser):
+    return chooser.locator("figure", has_text="output").locator("img")
+
+
+def save(chooser):
+    "Press the button. Returns the file that is said to be saved."
+    chooser.get_by_role("button", name="Save outputs").click()
+    saved = chooser.locator(".widget-html", has_text=re.compile("^saved: "))
+    eventually(saved.count, "nothing is saved")
+    return Path(saved.inner_text().strip().removeprefix("saved: "))
+
+
+def test_twenty_pictures_are_all_drawn_and_saved(chooser, clone):
+    say(chooser, "cropped faces (face-crop)")
+    said = give(chooser, FACES[:20])
+    assert said[-1] == "20 of 20 drawn" and len(set(said)) > 3
+    made = Upscaler.from_pretrained()(FACES[:20], prepare="face-crop")
+    assert outputs(chooser).count() == 20
+    for picture, expected in zip(outputs(chooser).all(), made):
+        seen = Image.open(BytesIO(picture.screenshot())).convert("RGB")
+        assert np.abs(np.asarray(seen, float) - np.asarray(expected.resize(seen.size), float)).mean() < 6
+    path = save(chooser)
+    assert path == clone / "nbs" / "upscaled.zip"
+    with zipfile.ZipFile(path) as saved:
+        assert saved.namelist() == [f"{face.stem}.png" for face in FACES[:20]]
+        for name, expected in zip(saved.namelist(), made):
+            assert np.array_equal(Image.open(saved.open(name)), expected)
+
+
+def test_many_megabytes_arrive(chooser, tmp_path):
+    "More than the 10 MB at which a server that was not started by `make lab` breaks the connection, and says so."
+    noise, files = np.random.default_rng(0), [tmp_path / f"{i}.bmp" for i in range(3)]
+    for face, path in zip(FACES, files):
+        pixels = np.asarray(Image.open(face).resize((1068, 1308)), int) + noise.integers(-9, 9, (1308, 1068, 1))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    assert sum(path.stat().st_size for path in files) > 12_000_000
+    assert give(chooser, files)[-1] == "3 of 3 drawn"
+    assert outputs(chooser).count() == 3
+    assert "more than 10 MB together" in chooser.locator(".jp-Notebook").inner_text()
+
+
+def test_what_is_found_and_what_cannot_be_used(chooser, clone, tmp_path):
+    "A photograph of two faces, and a file that is no image, in the words of the page."
+    two = Image.new("RGB", (700, 500), "gray")
+    two.paste(Image.open(FACES[1]), (20, 100))
+    two.paste(Image.open(FACES[2]).resize((356, 436)), (300, 30))
+    two.save(tmp_path / "two.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    say(chooser, "photographs: the face is found (detect)")
+    assert give(chooser, [tmp_path / "two.png", tmp_path / "broken.png"])[-1] == "1 of 2 drawn"
+    text = chooser.locator(".jp-Notebook").inner_text()
+    assert "two.png: 2 faces found, the largest is drawn" in text
+    assert "broken.png: no image that can be decoded" in text
+    path = save(chooser)
+    assert path == clone / "nbs" / "upscaled two.png"
+    assert np.array_equal(Image.open(path), Upscaler.from_pretrained()(tmp_path / "two.png", prepare="detect"))
+    say(chooser, "16x16")
+    wrong = "two.png: it is 700x500, and has to be 16x16; choose a preparation"
+    eventually(lambda: wrong in chooser.locator(".jp-Notebook").inner_text(), "a wrong size is not named")

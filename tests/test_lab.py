@@ -1,5 +1,6 @@
 "The notebooks in JupyterLab, as `make lab` starts it, in a real browser: what is on the page, by pixels or by text."
 
+import json
 import os
 import re
 import shutil
@@ -208,14 +209,63 @@ def test_what_is_found_and_what_cannot_be_used(chooser, clone, tmp_path):
     two.paste(Image.open(FACES[2]).resize((356, 436)), (300, 30))
     two.save(tmp_path / "two.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    say(chooser, "photographs: the face is found (detect)")
+    say(chooser, "photographs: the face is found (detect)")  # those of before are still drawn when others are chosen
     assert give(chooser, [tmp_path / "two.png", tmp_path / "broken.png"])[-1] == "1 of 2 drawn"
     text = chooser.locator(".jp-Notebook").inner_text()
-    assert "two.png: 2 faces found, the largest is drawn" in text
+    assert re.search("two.png: [2-8] faces found, the largest is drawn", text)
     assert "broken.png: no image that can be decoded" in text
+    assert chooser.locator(".widget-html figure").count() == 4
     path = save(chooser)
     assert path == clone / "nbs" / "upscaled two.png"
     assert np.array_equal(Image.open(path), Upscaler.from_pretrained()(tmp_path / "two.png", prepare="detect"))
     say(chooser, "16x16")
     wrong = "two.png: it is 700x500, and has to be 16x16; choose a preparation"
     eventually(lambda: wrong in chooser.locator(".jp-Notebook").inner_text(), "a wrong size is not named")
+
+
+class Training(Notebook):
+    "train.ipynb, on the smallest preset."
+
+    def run(self, *parameters):
+        "Run All, with these lines in the place of the parameters."
+        cell = self.page.locator(".jp-CodeCell", has_text="# Parameters of this page").first
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text("\n".join(("# Parameters of this page", 'preset: str = "smoke"', *parameters)))
+        self.choose("Run", "Run All Cells")
+
+    def said(self, text):
+        "Wait until an output says it."
+        eventually(self.page.locator(".jp-OutputArea-output", has_text=text).count, f"the page does not say: {text}")
+
+
+@pytest.fixture(scope="module")
+def training(browser, address):
+    return Training(browser, address, "train")
+
+
+def test_parameters_are_what_the_cell_says_now(training, clone):
+    "A name that does not exist is refused, until it is corrected; interrupted, the page says how to go on."
+    training.run("epoch = 3")
+    training.said("there is no parameter 'epoch'; did you mean epochs?")
+    training.run("epochs = 200")
+    training.said(re.compile("epoch [0-9]+/200"))
+    training.choose("Kernel", "Interrupt Kernel")
+    training.said("results/mine/smoke/baseline/seed0: its checkpoint is at step")
+    assert "Traceback" not in training.page.locator(".jp-Notebook").inner_text()
+    assert (clone / "results" / "mine" / "smoke" / "baseline" / "seed0" / "checkpoint" / "progress.json").exists()
+
+
+def test_a_page_that_is_opened_again_shows_the_run(training, browser, address, clone):
+    "The tab is closed while the network is trained. What was deleted from the parameters does not count."
+    training.run("seed: int = 1")
+    training.said("results: results/mine/smoke/baseline/seed1")
+    training.choose("File", "Save Notebook")
+    training.page.close()
+    again = Training(browser, address, "train")
+    assert "facesr runs" in again.page.locator(".jp-Notebook").inner_text()
+    again.choose("Run", "Run All Cells")
+    again.said("is complete: nothing is left to train")
+    again.said("run complete: results/mine/smoke/baseline/seed1")
+    config = json.loads((clone / "results" / "mine" / "smoke" / "baseline" / "seed1" / "config.json").read_text())
+    assert config["config"]["epochs"] == 2

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'DataOption', 'OutOption', 'SeedsOption',
-           'ControlsOption', 'WorkersOption', 'SchedulerOption', 'NotebooksOption', 'VariantArgument', 'SetOption',
-           'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption', 'ConfidenceOption', 'IouOption',
-           'SizeOption', 'UseConfidenceOption', 'StoreArgument', 'FigureOption', 'PublishedArgument',
-           'NewStoreArgument', 'NamesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption',
-           'FacesOption', 'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP',
-           'WeightsOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption',
-           'NoLpipsOption', 'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption', 'FORESEEN', 'home',
-           'path', 'study_command', 'given_settings', 'train_command', 'print_store', 'heatmaps_make', 'file_format',
+           'ControlsOption', 'WorkersOption', 'SchedulerOption', 'NotebooksOption', 'STUDIED', 'VariantArgument',
+           'SetOption', 'STATES', 'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption',
+           'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'StoreArgument', 'FigureOption',
+           'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument',
+           'SheetOption', 'FacesOption', 'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption',
+           'WEIGHTS_HELP', 'WeightsOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption',
+           'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption',
+           'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command',
+           'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'heatmaps_make', 'file_format',
            'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people',
-           'people_of', 'number', 'summary_lines', 'evaluate_command', 'export_onnx_command', 'is_foreseen',
-           'lacks_memory', 'sentence_of', 'flush_output', 'run_app', 'knows_home', 'some_home', 'main']
+           'people_of', 'number', 'summary_lines', 'evaluate_command', 'export_onnx_command', 'flush_output', 'run_app',
+           'knows_home', 'some_home', 'plain_warnings', 'main']
 
 # %% ../nbs/20_cli.ipynb #e17a8751
-import builtins
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -32,21 +34,19 @@ import pandas as pd
 import typer
 from matplotlib.figure import Figure
 
+from . import __version__
 from .degradation import KERNELS
 from .detection import find_detector
-from facesr.execution import (
-    NotebookError, faces_folder, hand_over, run_in_a_row, run_on_cluster, run_report, study_runs,
-)
+from .execution import faces_folder, hand_over, notebooks_folder, sentence_of, study_runs
+from .execution import run_in_a_row, run_on_cluster, run_report
 from .faces import SPLITS, find_faces, read_people
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, read_parts
-from .runs import write_atomically
-from facesr.store import (
-    HeatmapStore, coverage, coverage_figure, export_published, import_published, make_heatmaps, read_names, store_path,
-)
-from .study import CONTROLS, PRESETS, resolve
-from facesr.upscale import (
-    DEFAULT_WEIGHTS, SHEET_FACES, Existing, Outcome, Preparation, Upscaler, export_onnx, pretrained, upscale_files,
-)
+from .runs import default_out, in_use, read_progress, run_state, write_atomically
+from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
+from .store import export_published, import_published, read_names
+from .study import CONTROLS, PRESETS, VARIANTS, resolve
+from .upscale import DEFAULT_WEIGHTS, Existing, Preparation, Upscaler, export_onnx, pretrained
+from .upscale import SHEET_FACES, Outcome, upscale_files
 
 # %% ../nbs/20_cli.ipynb #ec13e675
 PLAUSIBLE = "The output is a plausible face, not evidence of who someone is: sixteen pixels fit many people."
@@ -64,6 +64,21 @@ heatmaps_app = typer.Typer(
 )
 app.add_typer(heatmaps_app, name="heatmaps")
 
+
+def say_version(asked: bool) -> None:
+    if asked:
+        print(f"facesr {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def facesr(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    "Only so that the command has an option without a command behind it."
+
 # %% ../nbs/20_cli.ipynb #4e9b40c9
 def home(
     text: str | Path,  # a path, or what may be one
@@ -79,8 +94,23 @@ def path(text: str | Path) -> Path:
     "What was typed for a path."
     return Path(home(text))
 
+# %% ../nbs/20_cli.ipynb #1baa2e17
+def one_of(
+    names: Collection[str],
+) -> Callable[[str], str]:
+    "What refuses every other word before anything is done."
+
+    def parse(word: str) -> str:
+        if word not in names:
+            raise typer.BadParameter(f"{word!r} is none of {', '.join(names)}")
+        return word
+
+    return parse
+
 # %% ../nbs/20_cli.ipynb #aa3d68dc
-PresetOption = Annotated[str, typer.Option(help=f"What all variants share: {', '.join(PRESETS)}.")]
+PresetOption = Annotated[
+    str, typer.Option(parser=one_of(PRESETS), help=f"What all variants share: {', '.join(PRESETS)}.")
+]
 SeedOption = Annotated[int, typer.Option(help="Of initial weights, order of faces, flips and crops.")]
 DataOption = Annotated[
     Path | None,
@@ -89,7 +119,9 @@ DataOption = Annotated[
         help="A CelebA folder or a folder of face images. Default: FACESR_CELEBA, else the bundled faces.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option(parser=path, help="Where results are kept.")]
+OutOption = Annotated[
+    Path | None, typer.Option(parser=path, help="Where results are kept. Default: results/mine in the clone.")
+]
 
 # %% ../nbs/20_cli.ipynb #eb0d9091
 SeedsOption = Annotated[
@@ -104,7 +136,10 @@ SchedulerOption = Annotated[
     str,
     typer.Option(help="Address of a Dask scheduler whose workers see the same folders (needs the extra 'cluster')."),
 ]
-NotebooksOption = Annotated[Path, typer.Option(parser=path, help="The folder with train.ipynb and report.ipynb.")]
+NotebooksOption = Annotated[
+    Path | None,
+    typer.Option(parser=path, help="The folder with train.ipynb and report.ipynb. Default: nbs in the clone."),
+]
 
 # %% ../nbs/20_cli.ipynb #d8243b6e
 @app.command("study")
@@ -114,15 +149,15 @@ def study_command(
     seeds: SeedsOption = None,
     controls: ControlsOption = False,
     data: DataOption = None,
-    out: OutOption = Path("results"),
+    out: OutOption = None,
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = "",
-    notebooks: NotebooksOption = Path("nbs"),
+    notebooks: NotebooksOption = None,
 ):
     """Train every variant with train.ipynb, then write the report with report.ipynb.
 
     Complete runs are skipped, interrupted ones go on."""
-    faces = faces_folder(data)
+    out, notebooks, faces = out or default_out(), notebooks_folder(notebooks), faces_folder(data)
     places = (out.resolve(), notebooks.resolve()) if scheduler else (out, notebooks)
     runs = study_runs(preset, controls, seed, seeds, faces, *places)
     in_a_row = workers == 1 and not scheduler
@@ -137,8 +172,9 @@ def study_command(
     print(report)
 
 # %% ../nbs/20_cli.ipynb #b4830166
+STUDIED = (*VARIANTS, *CONTROLS)
 VariantArgument = Annotated[
-    str, typer.Argument(help="What is studied: a name in facesr.study.VARIANTS or CONTROLS.")
+    str, typer.Argument(parser=one_of(STUDIED), metavar="VARIANT", help=f"What is studied: {', '.join(STUDIED)}.")
 ]
 SetOption = Annotated[list[str], typer.Option("--set", help="Any other parameter as NAME=VALUE; may be repeated.")]
 
@@ -163,7 +199,7 @@ def train_command(
     preset: PresetOption = "quick",
     seed: SeedOption = 0,
     data: DataOption = None,
-    out: OutOption = Path("results"),
+    out: OutOption = None,
     settings: SetOption = [],
 ):
     "One run without a notebook; on several GPUs: accelerate launch $(which facesr) train ..."
@@ -171,19 +207,77 @@ def train_command(
 
     from facesr.training import train
 
-    print(train(config, data, out))
+    folder = train(config, data, out or default_out())
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(folder)
+
+# %% ../nbs/20_cli.ipynb #5fa4f825
+STATES = {
+    "complete": "complete", "published": "complete, made elsewhere", "resumable": "interrupted",
+    "absent": "interrupted at its beginning",
+}
+
+
+def run_row(
+    folder: Path,      # of a run
+) -> tuple[str, ...]:  # preset, variant, seed, state, epoch, time left, process
+    "What is known of a run."
+    from facesr.training import duration
+
+    busy, said = in_use(folder), read_progress(folder)
+    state = "going on" if busy else STATES[run_state(folder)]
+    which = (*folder.parts[-3:-1], folder.name.removeprefix("seed"), state)
+    if said is None or state.startswith("complete"):
+        return (*which, "", "", "")
+    left = duration(said.seconds_left) if busy and said.seconds_left is not None else ""
+    return (*which, f"{said.epoch}/{said.epochs}", left, f"{said.pid} on {said.host}" + ", ended" * (not busy))
+
+# %% ../nbs/20_cli.ipynb #d34b99d7
+def run_folders(
+    out: Path,  # the folder of all results
+) -> list[Path]:
+    "Those of runs, in the order of presets, variants and seeds."
+    found = [place for place in out.glob("*/*/seed*") if place.name.removeprefix("seed").isdigit()]
+    presets, variants = ({name: i for i, name in enumerate(names)} for names in (PRESETS, VARIANTS | CONTROLS))
+
+    def order(folder: Path) -> tuple:
+        preset, variant, seed = folder.parts[-3:]
+        return presets.get(preset, 99), preset, variants.get(variant, 99), variant, int(seed.removeprefix("seed"))
+
+    return sorted(found, key=order)
+
+
+def aligned(
+    rows: list[tuple[str, ...]],
+) -> list[str]:
+    "A line a row, cells below each other."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+# %% ../nbs/20_cli.ipynb #057764e0
+@app.command("runs")
+def runs_command(out: OutOption = None):
+    "Which runs there are, how far each has come, how long it will take, and which process makes it."
+    place = out or default_out()
+    rows = [run_row(folder) for folder in run_folders(place)]
+    if not rows:
+        print(f"there is no run in {place}; facesr study makes some, and --out names another folder")
+        return
+    print(place)
+    print(*aligned([("preset", "variant", "seed", "state", "epoch", "left", "process"), *rows]), sep="\n")
 
 # %% ../nbs/20_cli.ipynb #edfaea16
 StoreOption = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="The store; made, or added to. Default: where training looks for it, results/heatmaps/ (OUT/heatmaps/ of"
-        " other results); to be named for any other detector or recipe.",
+        help="The store; made, or added to. Default: where training looks for it, results/mine/heatmaps in the clone"
+        " (OUT/heatmaps of other results); to be named for any other detector or recipe.",
     ),
 ]
 SplitOption = Annotated[
-    list[str], typer.Option(help=f"Of which faces: {', '.join(SPLITS)}; may be repeated. Default: all.")
+    list[str],
+    typer.Option(parser=one_of(SPLITS), help=f"Of which faces: {', '.join(SPLITS)}; may be repeated. Default: all."),
 ]
 SkipOption = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded instead of stopping.")
@@ -258,7 +352,7 @@ def heatmaps_make(
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
     network, recipe = find_detector(detector, list(table), **chosen), Recipe(table, use_confidence)
-    place = out or store_path("results", faces)
+    place = out or store_path(default_out(), faces)
     print_store(make_heatmaps(place, faces.images, names, network, recipe, skip_unreadable=skip_unreadable))
 
 # %% ../nbs/20_cli.ipynb #8e40b1f7
@@ -438,7 +532,9 @@ CropOption = Annotated[
         " Default: they are 128x128."
     ),
 ]
-DegradationOption = Annotated[str, typer.Option(help=f"How inputs were made from targets: {', '.join(KERNELS)}.")]
+DegradationOption = Annotated[
+    str, typer.Option(parser=one_of(KERNELS), help=f"How inputs were made from targets: {', '.join(KERNELS)}.")
+]
 
 # %% ../nbs/20_cli.ipynb #5526e7b4
 PeopleOption = Annotated[
@@ -461,23 +557,38 @@ TableOption = Annotated[
 # %% ../nbs/20_cli.ipynb #ae8666fa
 def known_people(
     path: Path,        # CelebA's identity_CelebA.txt
-) -> dict[str, int]:   # number of a person by name of an image, without suffix
-    "Who is on each image."
-    return {Path(name).stem: person for name, person in read_people(path).items()}
+) -> dict[str, int]:   # number of a person by path of an image, without suffix
+    "Who is on each image. Raises ValueError where the suffix alone tells two people apart."
+    known: dict[str, int] = {}
+    for name, person in read_people(path).items():
+        bare = Path(name).with_suffix("").as_posix()
+        if known.setdefault(bare, person) != person:
+            raise ValueError(f"{path} has two people for {bare}, told apart by the suffix only; rename one image")
+    return known
 
 
+def _listed_as(name: str, known: dict[str, int]) -> str | None:
+    "What a table calls an image: its path, or the end of that. None: it does not have it."
+    parts = name.split("/")
+    return next((end for i in range(len(parts)) if (end := "/".join(parts[i:])) in known), None)
+
+# %% ../nbs/20_cli.ipynb #de1bc8e3
 def people_of(
     names: list[str],         # of images, as `evaluate_files` gives them
     known: dict[str, int],    # what `known_people` says
     path: Path,               # where it was read
 ) -> list[int]:
-    "Who is on these images. Raises ValueError where one of them is not named."
-    if unknown := [name for name in names if Path(name).name not in known]:
+    "Who is on these images. Raises ValueError where one of them is not named, or two are named by one line."
+    listed = {name: _listed_as(name, known) for name in names}
+    if unknown := [name for name, line in listed.items() if line is None]:
         raise ValueError(
             f"{path} does not say who is on {len(unknown)} of {len(names)} images, first {unknown[0]};"
             " leave --people out for intervals over images"
         )
-    return [known[Path(name).name] for name in names]
+    if twice := [line for line, times in Counter(listed.values()).items() if times > 1]:
+        images = " and ".join([name for name, line in listed.items() if line == twice[0]][:2])
+        raise ValueError(f"{path} has one line for {images}, that of {twice[0]}; put folders before the names there")
+    return [known[line] for line in listed.values()]
 
 # %% ../nbs/20_cli.ipynb #ed73c384
 def number(
@@ -522,15 +633,17 @@ def evaluate_command(
     """Score a folder of outputs, whoever made them, with the study's evaluator: means and 95 % intervals.
 
     An image that cannot be read, or has no target, stops it. Exit codes: 0 done, 1 failed, 2 wrong usage."""
-    from facesr.metrics import Evaluator, evaluate_files
+    from facesr.metrics import Evaluator, evaluate_files, named_images, strangers
 
-    known = known_people(people) if people else {}
+    who = people_of(sorted(named_images(outputs)), known_people(people), people) if people else []
     groups = ("primary", "parts", "secondary", "published") + (("identity",) if identity else ())
     evaluator = Evaluator(() if no_lpips else ("alex", "vgg"), groups=groups, kernel=degradation)
     table = evaluate_files(outputs, targets, evaluator, prepare, progress=True)
     if people:
-        table.insert(1, "person", people_of(table["name"], known, people))
+        table.insert(1, "person", who)
     print(*summary_lines(table), sep="\n")
+    if odd := strangers(table):
+        print(f"warning: {odd}", file=sys.stderr)
     if out:
         write_atomically(out, table.to_csv(index=False).encode(errors="backslashreplace"))
 
@@ -547,37 +660,6 @@ def export_onnx_command(weights: WeightsArgument, onnx: OnnxOption):
     "Write a network as ONNX: faces in [0, 1], any number at a time. Exit codes: 0 done, 1 failed, 2 wrong usage."
     export_onnx(Upscaler.from_pretrained(weights).network, onnx)
     print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
-
-# %% ../nbs/20_cli.ipynb #b359ca54
-FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError)
-
-
-def is_foreseen(error: BaseException) -> bool:
-    "Whether its message may be taken for a sentence of the library; of a notebook, what its cell raised."
-    kind = getattr(builtins, error.name, RuntimeError) if isinstance(error, NotebookError) else type(error)
-    return issubclass(kind, FORESEEN)
-
-
-def lacks_memory(error: BaseException) -> bool:
-    "Whether memory of the machine, or of a GPU, was not enough."
-    kind = error.name if isinstance(error, NotebookError) else type(error).__name__
-    return "MemoryError" in kind or "can't allocate memory" in str(error)
-
-# %% ../nbs/20_cli.ipynb #145e1d59
-def sentence_of(
-    error: BaseException,
-) -> str:
-    "What is said of an exception."
-    kind = error.name if isinstance(error, NotebookError) else type(error).__name__
-    said = str(error).strip()
-    if lacks_memory(error):
-        return (
-            f"the memory is not enough ({said or kind}); close other programs,"
-            " or ask for less: fewer faces, or a smaller --batch-size of facesr upscale"
-        )
-    if said and is_foreseen(error):
-        return said
-    return f"{kind}: {said or 'nothing more is known'} (with FACESR_DEBUG=1 before the command it shows where)"
 
 # %% ../nbs/20_cli.ipynb #79d04364
 def flush_output() -> None:
@@ -623,6 +705,17 @@ def some_home() -> Iterator[None]:
         finally:
             del os.environ["HOME"]
 
+# %% ../nbs/20_cli.ipynb #c159af84
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    "Warnings without path and line."
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
 # %% ../nbs/20_cli.ipynb #0d3f1e46
 def main() -> None:
     """The command `facesr`.
@@ -631,7 +724,7 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
-        with some_home():
+        with some_home(), plain_warnings():
             run_app()
     except (SystemExit, KeyboardInterrupt) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # 130 is typer's, after Ctrl-C

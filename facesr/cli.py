@@ -39,7 +39,7 @@ from .degradation import KERNELS
 from .detection import find_detector
 from .execution import faces_folder, hand_over, notebooks_folder, sentence_of, study_runs
 from .execution import run_in_a_row, run_on_cluster, run_report
-from .faces import SPLITS, find_faces, read_people
+from .faces import SPLITS, duration, find_faces, read_people
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, read_parts
 from .runs import default_out, in_use, read_progress, run_state, write_atomically
 from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
@@ -222,8 +222,6 @@ def run_row(
     folder: Path,      # of a run
 ) -> tuple[str, ...]:  # preset, variant, seed, state, epoch, time left, process
     "What is known of a run."
-    from facesr.training import duration
-
     busy, said = in_use(folder), read_progress(folder)
     state = "going on" if busy else STATES[run_state(folder)]
     which = (*folder.parts[-3:-1], folder.name.removeprefix("seed"), state)

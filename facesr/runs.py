@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from .degradation import HR_SIZE, LR_SIZE, interpolate, to_float, to_uint8
 from .model import SuperResolutionUNet, parameter_count
-from .study import CONTROLS, VARIANTS, Config
+from .study import CONTROLS, PRESETS, VARIANTS, Config
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -492,7 +493,9 @@ def find_runs(
     folder = Path(out, preset).expanduser()
     runs = [read_run(path.parent) for path in folder.glob("*/seed*/metrics.json")]
     if not runs:
-        raise FileNotFoundError(f"there is no complete run in {folder}; make study PRESET={preset} makes them")
+        faces = " --data CELEBA" if PRESETS.get(preset, {}).get("needs_celeba") else ""
+        make = f"facesr study --preset {preset}{faces} --out {shlex.quote(str(Path(out).expanduser()))}"
+        raise FileNotFoundError(f"there is no complete run in {folder}; make them with: {make}")
     order = [*VARIANTS, *CONTROLS]
     place = {variant: i for i, variant in enumerate(order)}
     return sorted(runs, key=lambda run: (place.get(run.variant, len(order)), run.seed))

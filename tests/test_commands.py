@@ -180,9 +180,59 @@ def test_make_hands_over_what_was_typed(tmp_path, out, data, scheduler):
     command.chmod(0o755)
     given = [f"OUT={out}", f"DATA={data}", f"SCHEDULER={scheduler}", "SEEDS=3"]
     result = subprocess.run(["make", "--silent", "study", *given], cwd=tmp_path, capture_output=True, text=True)
-    words = ["study", "--preset", "quick", "--seed", "0", "--out", out, "--workers", "1", "--seeds", "3"]
+    words = ["study", "--preset", "quick", "--seed", "0", "--workers", "1", "--out", out, "--seeds", "3"]
     words += ["--scheduler", scheduler] * bool(scheduler) + ["--data", data]
     assert (result.returncode, result.stdout.splitlines(), result.stderr) == (0, words, "")
+
+
+# Where one stands
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What `facesr study` and `facesr train` would do, which is not done."
+    calls = []
+
+    def note(*arguments):
+        calls.append(arguments)
+        return arguments[-1]
+
+    monkeypatch.setattr(cli, "run_in_a_row", lambda runs: note(*next(iter(runs.values()))[-2:]) and {})
+    monkeypatch.setattr(cli, "run_report", lambda preset, out, notebooks: out)
+    monkeypatch.setattr("facesr.training.train", note)
+    return calls
+
+
+@pytest.mark.parametrize("place", [".", "nbs", "results/quick", ".."])
+def test_results_and_notebooks_do_not_depend_on_where_one_stands(monkeypatch, asked, place):
+    "From the parent folder too, since the package lies in the clone."
+    monkeypatch.chdir(ROOT / place)
+    for words in (["study"], ["train"]):
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, result.exception
+    (out, notebooks), (_, _, trained_out) = asked
+    assert out == trained_out == ROOT / "results" / "mine" and notebooks == ROOT / "nbs"
+
+
+@pytest.mark.parametrize("words, code", [(["--preset", "fast"], 2), (["--notebooks", "nowhere"], 1)])
+def test_what_is_wrong_for_all_runs_is_said_once(asked, capsys, words, code):
+    result = CliRunner().invoke(cli.app, ["study", *words])
+    assert result.exit_code == code and not asked
+    said = result.stderr + str(result.exception)
+    assert said.count("'fast' is none of smoke, quick") + said.count("nowhere/train.ipynb is not there; run this") == 1
+
+
+@pytest.mark.parametrize("rank, said", [("0", "here\n"), ("1", "")])
+def test_of_several_processes_one_speaks(monkeypatch, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("facesr.training.train", lambda *arguments: "here")
+    assert CliRunner().invoke(cli.app, ["train"]).stdout == said
+
+
+def test_modules_import_each_other_relatively():
+    "nbdev makes an import relative where it stands on one line."
+    absolute = [path.name for path in (ROOT / "facesr").glob("*.py") if "\nfrom facesr" in path.read_text()]
+    assert not absolute
 
 
 # Evaluation
@@ -232,3 +282,33 @@ def test_a_name_that_is_not_utf_8_is_in_the_table(evaluate, tmp_path):
         os.rename(tmp_path / folder / "a.png", os.fsencode(tmp_path / folder) + b"/\xfc.png")
     assert evaluate("--out", tmp_path / "table.csv")[0] in ("", "0")
     assert (tmp_path / "table.csv").read_text().splitlines()[2].startswith("\\udcfc,")
+
+
+def people(tmp_path, *lines):
+    path = tmp_path / "people.txt"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_people_who_are_not_known_are_named_before_anything_is_measured(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr("facesr.metrics.evaluate_files", lambda *arguments, **options: pytest.fail("it was measured"))
+    error, _ = evaluate("--people", people(tmp_path, "a.png 1"))
+    assert error.endswith("does not say who is on 1 of 2 images, first b; leave --people out for intervals over images")
+
+
+def test_people_are_told_apart_by_folders(evaluate, tmp_path):
+    for folder in ("made", "true"):
+        for person, name in (("A", "a"), ("B", "b")):
+            (tmp_path / folder / person).mkdir()
+            (tmp_path / folder / f"{name}.png").rename(tmp_path / folder / person / "1.png")
+    error, _ = evaluate("--people", people(tmp_path, "1.jpg 7", "2.jpg 8"))
+    assert "has one line for A/1 and B/1, that of 1" in error
+    _, said = evaluate("--people", people(tmp_path, "A/1.jpg 7", "B/1.jpg 8"))
+    assert "2 images of 2 people" in said
+
+
+def test_outputs_of_other_faces_are_said(evaluate, tmp_path):
+    assert "warning" not in evaluate()[1]
+    Image.new("RGB", (128, 128), "black").save(tmp_path / "made" / "b.png")
+    error, said = evaluate()
+    assert "warning: 1 of 2 outputs hardly belong to their targets: brought down to 16x16 again, b has 6.0 dB" in said

@@ -97,7 +97,7 @@ def test_files_as_they_come(facesr, odd_files, tmp_path):
     named = [line for line in result.stderr.splitlines() if line.startswith(f"{odd_files}{os.sep}")]
     assert len(named) == 11
     assert result.stderr.count("colour profile is damaged") == 1 and result.stderr.count("Warning") <= 1
-    assert result.stdout == f"{tmp_path / 'out'}: 11 written, 11 could not be done; 1 other files left alone\n"
+    assert result.stdout == f"{tmp_path / 'out'}: 11 written, 11 could not be done; 1 .txt left alone\n"
 
 
 def test_without_a_preparation_nothing_is_guessed(facesr, odd_files, tmp_path):

@@ -180,7 +180,7 @@ def lock_run(
     except Timeout:
         raise RuntimeError(f"{work} is in use: another process is training this run") from None
     except OSError as error:
-        raise OSError(f"{work} cannot be written ({error}); choose another out") from error
+        raise OSError(f"{work} cannot be written ({error}); choose another folder for results") from error
     return lock
 
 # %% ../nbs/14_runs.ipynb #9e01922c
@@ -289,7 +289,7 @@ def load_checkpoint(
     if then != settings:
         raise ValueError(
             f"{path.parent} holds a run with other settings ({differences(then, settings)});"
-            " start with those, choose another out, or remove that folder"
+            " start with those, choose another folder for results, or remove that folder"
         )
     return state
 

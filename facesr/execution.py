@@ -248,5 +248,5 @@ def run_report(
 
     page, executed = out / preset / "report.html", out / preset / "checkpoint" / "report.ipynb"
     execute(notebooks / "report.ipynb", executed, {"preset": preset, "out": os.path.relpath(out, notebooks)})
-    write_report(executed, page)
+    write_report(executed, page, preset)
     return page

@@ -1,15 +1,22 @@
 "The report, made from runs as a user makes it: on few runs, on many, with the faces and without."
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 
 import nbformat
 import pandas as pd
 import pytest
 from conftest import BUNDLED, ROOT
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from nbdev.clean import nbdev_clean
+from PIL import Image
+from traitlets.config import Config as ShellConfig
 
 from facesr import reporting
 from facesr.degradation import INTERPOLATIONS
@@ -17,26 +24,41 @@ from facesr.runs import find_runs
 from facesr.statistics import summarise
 
 VARIANTS = ("baseline", "heatmap")
+REPORT = nbformat.read(ROOT / "nbs" / "report.ipynb", 4)
+CODE = [cell for cell in REPORT.cells if cell.cell_type == "code"]
 
 
-def make_report(facesr, out, executed, **environment):
-    "Run the report's notebook on the smoke runs in a folder."
-    parameters = ["-p", "preset", "smoke", "-p", "out", str(out)]
-    command = [sys.executable, "-m", "papermill", "nbs/report.ipynb", str(executed), "--cwd", "nbs"]
-    return subprocess.run(
-        [*command, "--no-progress-bar", *parameters],
-        cwd=ROOT,
-        env=facesr.environment | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+@pytest.fixture
+def shell(monkeypatch):
+    "Runs cells as a kernel does, in this process; gives back the Markdown and HTML that they show."
+    monkeypatch.delenv("FACESR_CELEBA", raising=False)
+    monkeypatch.chdir(ROOT / "nbs")
+    InteractiveShell.clear_instance()
+    ipython = InteractiveShell.instance(config=ShellConfig({"HistoryManager": {"enabled": False}}))
+
+    def run(*cells):
+        said = []
+        for cell in cells:
+            with capture_output() as captured:
+                result = ipython.run_cell(cell, store_history=True)
+            result.raise_error()
+            said += [output.data for output in captured.outputs]
+        return "\n".join(data.get("text/markdown", data.get("text/html", "")) for data in said)
+
+    yield run
+    InteractiveShell.clear_instance()
 
 
-def said(executed):
-    "All Markdown that the cells of an executed notebook wrote."
-    outputs = [output for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])]
-    return "\n".join(output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
+def make_report(shell, **parameters):
+    "Run the report on smoke runs; gives back what it says."
+    first, *others = (cell.source for cell in CODE)
+    given = "\n".join(f"{name} = {str(value)!r}" for name, value in ({"preset": "smoke"} | parameters).items())
+    return shell(first, f"# Parameters\n{given}", *others)
+
+
+def content(folder):
+    "Every file, by name."
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +78,30 @@ def trained(facesr, results):
 
 @pytest.fixture
 def reported(facesr, trained):
-    "The executed report on these runs, with the faces; made once."
-    executed = trained / "report.ipynb"
-    if not executed.exists():
-        result = make_report(facesr, trained, executed)
+    "The page of these runs, with the faces, by papermill; made once."
+    executed, html = trained / "report.ipynb", trained / "smoke" / "report.html"
+    if not html.exists():
+        papermill = [sys.executable, "-m", "papermill", "nbs/report.ipynb", str(executed), "--no-progress-bar"]
+        parameters = ["--cwd", "nbs", "-p", "preset", "smoke", "-p", "out", str(trained)]
+        result = subprocess.run(
+            [*papermill, *parameters], cwd=ROOT, env=facesr.environment, capture_output=True, text=True, timeout=900
+        )
         assert result.returncode == 0, result.stderr
-    return executed
+        reporting.write_report(executed, html, "smoke")
+    return html
 
 
-def test_the_report_is_a_page(trained, reported, tmp_path):
-    reporting.write_report(reported, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
+# The page
+
+
+def test_the_report_is_a_page(trained, reported):
+    page = reported.read_text()
     for word in (
+        "<title>smoke: Face super-resolution by eight: what was found</title>",
+        "with preset <code>smoke</code></h1>",
         "Does the map help?",
         "facesr train uniform --preset smoke",
+        "There is no run of <code>mean</code>, so",
         "baseline",
         "heatmap",
         "bicubic",
@@ -79,37 +111,145 @@ def test_the_report_is_a_page(trained, reported, tmp_path):
         "Where the attention error looks",
         "Training faces and their heatmaps",
         "What this does not show",
+        "The tables and figures of this report are in <code>OUT/smoke</code>.",
     ):
-        assert word in page
-    assert page.index("Does the map help?") < page.index("<table") < page.index("What this does not show")
+        assert word in re.sub(r'<a class="anchor-link".*?</a>', "", page), word
+    order = ['class="verdict"', "data:image/jpeg", "Contents:", "Does the map help?", "<table", "does not show</h2>"]
+    places = [re.sub(r'<a class="anchor-link".*?</a>', "", page).index(mark) for mark in order]
+    assert places == sorted(places)
     assert page.count("data:image/jpeg") >= 7 and "data:image/png" not in page
-    assert page.count('<div class="wide"><table') == page.count("<table") >= 6
-    for unwanted in ("Traceback", "skip_exec", str(ROOT), "<script", 'src="http', "@import", "No description has been"):
+    assert page.count('tabindex="0"><table') == page.count("<table") >= 6
+    for unwanted in ("Traceback", "skip_exec", str(ROOT), "<script", "@import", "No description has been", ">True<"):
         assert unwanted not in page
     figures = {path.name for path in (trained / "smoke" / "figures").iterdir()}
-    assert figures >= {f"{name}.webp" for name in ("opening", "faces", "hard_and_easy", "curves", "heatmaps", "parts")}
+    assert figures >= {f"{name}.webp" for name in ("opening", "faces", "curves", "heatmaps", "parts")}
 
 
-def test_the_report_without_the_faces(facesr, trained, reported, tmp_path):
-    "What the faces gave is read from beside the report, where they were found once."
-    shutil.copytree(trained / "smoke", tmp_path / "smoke", ignore=shutil.ignore_patterns("*.safetensors", "checkpoint"))
-    for path in (tmp_path / "smoke").glob("*/seed0/config.json"):
+def test_the_page_loads_nothing_and_its_links_lead_somewhere(reported):
+    page = reported.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"|url\((?!data:)', page)
+    links, places = set(re.findall(r'href="#([^"]*)"', page)), set(re.findall(r'id="([^"]*)"', page))
+    assert len(links) > 10 and links <= places
+
+
+def test_generated_faces_get_no_verdict_about_maps(reported):
+    box = re.search(r'<div class="verdict".*?</div>', reported.read_text(), re.DOTALL)[0]
+    assert "About photographs it says nothing." in box and "another seed may differ" in box
+    assert re.search(r"<code>heatmap</code> minus <code>baseline</code>: [+-][\d.]+ dB \(95 % interval", box)
+    assert not re.search(r"\bthe map (makes|gains|costs|helps)", box, re.IGNORECASE)
+
+
+def test_faces_are_drawn_once(reported):
+    "The ladder from input to target: one face on top, all the others in one gallery."
+    captions = re.findall(r'<img[^>]* alt="([^"]*)"', reported.read_text())
+    ladders = [said for said in captions if "face" in said and "Nobody chose" in said]
+    assert len(ladders) == 2 and "The face on top is left out" in ladders[1]
+
+
+def test_letters_stay_legible_where_the_page_is_narrow(reported):
+    "No picture is shown at less than 0.6 of its size; plots do not even scroll on a telephone."
+    page = reported.read_text()
+    pictures = re.findall(r'<img style="min-width: (\d+)px"[^>]*alt="([^"]*)"[^>]*base64,([^"]+)"', page)
+    assert len(pictures) == page.count("<img")
+    for least, said, data in pictures:
+        width = Image.open(BytesIO(base64.b64decode(data))).width
+        assert int(least) >= 0.6 * width - 1 and (width <= 640 or "aces" in said or "face," in said), said
+
+
+def test_the_page_fits_a_telephone(reported):
+    "Wide tables scroll by themselves, and say so; the page does not."
+    api = pytest.importorskip("playwright.sync_api")
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("there is no Chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme, least, most in (("light", 250, 255), ("dark", 0, 60)):
+            page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+            page.goto(f"file://{reported}")
+            assert page.evaluate("document.documentElement.scrollWidth") == 400
+            assert page.locator(".hint").first.is_visible()
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert all(least <= int(value) <= most for value in re.findall(r"\d+", background)[:3])
+        browser.close()
+
+
+def test_the_published_reports_miss_no_number():
+    for path in (ROOT / "results").glob("*/report.html"):
+        text = re.sub(r'"data:[^"]*"', "", path.read_text())
+        assert not re.search(r"\bnan(?:\b|%)", text), path
+
+
+# The notebook
+
+
+def test_the_notebook_opens_on_its_title_and_its_code_is_folded(tmp_path, monkeypatch):
+    assert REPORT.cells[0].source.startswith("# ") and not any(cell.cell_type == "raw" for cell in REPORT.cells)
+    folded = [bool(cell.metadata.get("jupyter", {}).get("source_hidden")) for cell in CODE]
+    assert folded == ["parameters" not in cell.metadata.get("tags", []) for cell in CODE]
+    copy = shutil.copy(ROOT / "nbs" / "report.ipynb", tmp_path)
+    monkeypatch.chdir(ROOT)
+    nbdev_clean(fname=str(copy))
+    cleaned = [cell for cell in nbformat.read(copy, 4).cells if cell.cell_type == "code"]
+    assert [cell.metadata for cell in cleaned] == [cell.metadata for cell in CODE]
+
+
+@pytest.fixture
+def cloned(trained, reported, tmp_path, monkeypatch):
+    "A clone with published results of faces that are not on this machine, seen from its notebooks."
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "train.ipynb").touch()
+    left_out = shutil.ignore_patterns("*.safetensors", "checkpoint")
+    shutil.copytree(trained / "smoke", tmp_path / "results" / "smoke", ignore=left_out)
+    for path in (tmp_path / "results" / "smoke").glob("*/seed0/config.json"):
         path.write_text(path.read_text().replace('"origin": "bundled"', '"origin": "CelebA layout"'))
-    kept = ("map_weights.csv", "coverage.csv", "summary.csv", "comparisons.csv", "interpolation/bicubic.csv")
-    before = {name: (tmp_path / "smoke" / name).read_text() for name in kept}
-    result = make_report(facesr, tmp_path, tmp_path / "without.ipynb")
-    assert result.returncode == 0, result.stderr
-    assert {name: (tmp_path / "smoke" / name).read_text() for name in kept} == before
-    assert "*Training faces and their heatmaps.*" in said(tmp_path / "without.ipynb")
+    return tmp_path
 
 
-def test_other_faces_than_those_of_the_runs_are_refused(facesr, trained, tmp_path):
+def test_the_default_leaves_published_results_alone(cloned, shell, monkeypatch):
+    "Without the faces, what they gave is carried over; what was typed before and is gone does not count."
+    monkeypatch.chdir(cloned / "nbs")
+    before = content(cloned / "results")
+    shell('# Parameters of this page\npreset = "quick"\nprest = "smoke"')
+    said = make_report(shell)
+    mine = content(cloned / "results" / "mine" / "smoke")
+    assert "The runs are those of <code>results/smoke</code>" in said and "in `results/mine/smoke`." in said
+    assert before.items() <= content(cloned / "results").items()
+    kept = ("map_weights.csv", "coverage.csv", "summary.csv", "comparisons.csv", "figures/heatmaps.webp")
+    assert {name: mine[name] for name in kept} == {name: before[f"smoke/{name}"] for name in kept}
+    assert {name for name in before if "figures" in name} == {f"smoke/{name}" for name in mine if "figures" in name}
+    assert "*Training faces and their heatmaps.*" in said
+    assert "facesr train uniform --preset smoke --data CELEBA --out results" in said
+
+
+def test_a_report_that_fails_replaces_nothing(cloned, shell, monkeypatch):
+    "All is made before anything is written, also where the report is asked to go to the published results."
+    monkeypatch.chdir(cloned / "nbs")
+    (cloned / "results" / "smoke" / "map_weights.csv").write_text("map,eyes\nheatmap,many\n")
+    before = content(cloned / "results")
+    with pytest.raises(ValueError, match="map_weights.csv cannot be used"):
+        make_report(shell, out="../results")
+    assert content(cloned / "results") == before
+
+
+def test_a_figure_that_cannot_be_made_again_stays_and_is_named(cloned, shell, monkeypatch):
+    monkeypatch.chdir(cloned / "nbs")
+    shutil.rmtree(cloned / "results" / "smoke" / "heatmap")
+    before = content(cloned / "results" / "smoke" / "figures")
+    said = make_report(shell, out="../results")
+    assert "give no `comparisons.csv`, `figures/differences.webp`; what is there is of an earlier report." in said
+    after = content(cloned / "results" / "smoke" / "figures")
+    assert set(after) == set(before) and after["heatmaps.webp"] == before["heatmaps.webp"]
+    assert "There is one variant only: nothing to compare." in said
+    assert "Does the map help?** Not answered: there are runs of one variant only." in said
+
+
+def test_other_faces_than_those_of_the_runs_are_refused(shell, trained, tmp_path, monkeypatch):
     (tmp_path / "faces").mkdir()
     for path in sorted(BUNDLED.rglob("*.*"))[:12]:
         shutil.copy(path, tmp_path / "faces")
-    result = make_report(facesr, trained, tmp_path / "report.ipynb", FACESR_CELEBA=str(tmp_path / "faces"))
-    assert result.returncode == 1
-    assert "baseline was tested on other faces than those found now" in result.stderr
+    monkeypatch.setenv("FACESR_CELEBA", str(tmp_path / "faces"))
+    with pytest.raises(ValueError, match="baseline was tested on other faces than those found now"):
+        make_report(shell, out=trained)
 
 
 def copy_shifted(trained, out, variant, source, seed, shift):
@@ -136,11 +276,9 @@ def many(trained, tmp_path):
     return tmp_path
 
 
-def test_the_report_on_several_seeds_and_controls(facesr, many):
+def test_the_report_on_several_seeds_and_controls(shell, many):
     "Runs of other seeds are copies with known shifts, so what the report has to say is known."
-    result = make_report(facesr, many, many / "report.ipynb")
-    assert result.returncode == 0, result.stderr
-    text = said(many / "report.ipynb")
+    text = make_report(shell, out=many)
 
     def sentence(variant, reference):
         return next(line for line in text.splitlines() if line.startswith(f"- PSNR, {variant} against {reference}"))
@@ -158,23 +296,6 @@ def test_the_report_on_several_seeds_and_controls(facesr, many):
     row = table.loc[("heatmap", "baseline", "psnr")]
     assert row["difference"] == pytest.approx(1.045, abs=1e-4)
     assert row["p"] == pytest.approx(2 / 2**8)
-
-
-def test_the_report_on_one_variant(facesr, trained, tmp_path):
-    left_out = shutil.ignore_patterns("checkpoint")
-    shutil.copytree(trained / "smoke" / "baseline", tmp_path / "smoke" / "baseline", ignore=left_out)
-    result = make_report(facesr, tmp_path, tmp_path / "report.ipynb")
-    assert result.returncode == 0, result.stderr
-    text = said(tmp_path / "report.ipynb")
-    assert "There is one variant only: nothing to compare." in text
-    assert "Does the map help?** Not answered: there are runs of one variant only." in text
-    assert not (tmp_path / "smoke" / "comparisons.csv").exists()
-
-
-def test_the_published_reports_miss_no_number():
-    for path in (ROOT / "results").glob("*/report.html"):
-        text = re.sub(r'"data:[^"]*"', "", path.read_text())
-        assert not re.search(r"\bnan(?:\b|%)", text), path
 
 
 # Damaged tables

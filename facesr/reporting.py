@@ -1395,7 +1395,7 @@ th:first-child, td:first-child, .text th { text-align: left }
 tbody th { text-align: left; position: sticky; left: 0; background: var(--paper) }
 td { white-space: nowrap }
 td:nth-last-child(n + 7):first-of-type ~ td small, td:nth-last-child(n + 7):first-of-type small { display: inline-block;
-  max-width: 4.4rem; white-space: normal }
+  max-width: 4.9rem; white-space: normal }
 .text td { white-space: normal; text-align: left }
 small { color: var(--quiet) }
 """

@@ -45,6 +45,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from .degradation import interpolate, INTERPOLATIONS, to_float, to_uint8
 from .detection import bundled_detector
@@ -416,7 +417,8 @@ def measure_interpolation(
     if any(kept_record(stamp)["made of"] == made_of for stamp in there):
         return
     evaluator = Evaluator(lpips=("alex",), kernel=kernel)
-    table = evaluate(predict(lambda lr: interpolate(lr, method), found.test), evaluator)
+    batches, count = predict(lambda lr: interpolate(lr, method), found.test, batch_size=10), len(found.test.names)
+    table = evaluate(tqdm(batches, f"measuring {method}", -(-count // 10), leave=False), evaluator)
     table.insert(1, "person", found.people)
     write_atomically(stamps[0].with_suffix(".csv"), table.to_csv(index=False, float_format="%.6g"))
     write_json(stamps[0], {"made of": made_of, "test": summarise(table)})

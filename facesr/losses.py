@@ -185,7 +185,7 @@ class Objective(nn.Module):
         perceptual_share: float = 1.0,  # of the faces of a batch that VGG looks at, at least one
         perceptual_net: str = "vgg",    # see `PerceptualLoss`
         perceptual_clamp: bool = False,  # see `PerceptualLoss`
-        lpips: float = 0.0,             # weight of LPIPS (VGG) of whole images; 0 leaves it out
+        lpips: float = 0.0,             # weight of LPIPS (VGG) of the same crops; 0 leaves it out
         attention: float = 0.0,         # weight of the attention error; 0 needs no heatmaps
         multiscale: Multiscale = "",    # pixel and attention error again at 64 and 32, on the averaged output
         seed: int = 0,                  # of the crops
@@ -204,15 +204,15 @@ class Objective(nn.Module):
     def terms(self, scale: Scale, step: int, weights: dict[str, float]) -> dict[str, Tensor]:
         "The unweighted terms at one size, by name. LPIPS is computed from where its weight begins."
         found = {"mse": pixel_loss(scale.sr, scale.hr)}
-        if self.perceptual_loss is not None and scale.sr.shape[-1] >= PERCEPTUAL_SIZE:
+        if scale.sr.shape[-1] >= PERCEPTUAL_SIZE:
             faces = max(1, round(self.share * len(scale.sr)))  # the first ones: a batch is in random order
-            key = f"{self.seed}/{step}"
-            crops = random_crop(scale.sr[:faces], scale.hr[:faces], size=self.crop, key=key)
-            found["perceptual"] = self.perceptual_loss(*crops)
+            crops = random_crop(scale.sr[:faces], scale.hr[:faces], size=self.crop, key=f"{self.seed}/{step}")
+            if self.perceptual_loss is not None:
+                found["perceptual"] = self.perceptual_loss(*crops)
+            if weights["lpips"]:
+                found["lpips"] = self.lpips(*crops).mean()
         if self.full["attention"]:
             found["attention"] = attention_loss(scale.sr, scale.hr, scale.heatmap)
-        if weights["lpips"] and scale.sr.shape[-1] >= PERCEPTUAL_SIZE:
-            found["lpips"] = self.lpips(scale.sr, scale.hr).mean()
         return found
 
     def forward(

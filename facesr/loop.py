@@ -35,7 +35,7 @@ def learning_rate(
         return config.learning_rate * warm
     return config.learning_rate * warm * (1 + math.cos(math.pi * progress)) / 2
 
-# %% ../nbs/13_loop.ipynb #8c5c6ff7
+# %% ../nbs/13_loop.ipynb #565038ca
 PLATEAU = 6  # epochs without a better score before the rate is halved (arXiv 2605.14166)
 
 
@@ -46,7 +46,7 @@ def on_plateau(
     "What is left of the learning rate: halved where the best score is `patience` epochs back and more."
     best, bad, left = math.inf, 0, 1.0
     for score in scores:
-        better = score < best * (1 - 1e-4)
+        better = math.isinf(best) or score < best - 1e-4 * abs(best)
         best, bad = (score, 0) if better else (best, bad + 1)
         if bad > patience:
             left, bad = left / 2, 0

@@ -303,8 +303,8 @@ def checkpoint_detector(
     return UltralyticsDetector(yolo, weights.name, sha256, confidence, iou, size, device)
 
 # %% ../nbs/03_detection.ipynb #7ce3cafc
-WORLD_WEIGHTS = "yolov8s-worldv2.pt"
-_WORLD_URL = f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{WORLD_WEIGHTS}"
+WORLD_WEIGHTS = {"world": "yolov8s-worldv2.pt", "world-v1": "yolov8s-world.pt"}  # the second is the paper's
+_WORLD_URL = "https://github.com/ultralytics/assets/releases/download/v8.4.0/"
 
 
 def _fetch_world(place: Path) -> None:
@@ -315,30 +315,31 @@ def _fetch_world(place: Path) -> None:
     part = place.with_suffix(".part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        safe_download(_WORLD_URL, file=part, retry=0, min_bytes=1e5, progress=False)
+        safe_download(_WORLD_URL + place.name, file=part, retry=0, min_bytes=1e5, progress=False)
         part.replace(place)
     except Exception as error:  # whatever the network does
         part.unlink(missing_ok=True)
         raise FileNotFoundError(
-            f"{WORLD_WEIGHTS} is not on this machine and cannot be fetched ({error}); "
-            f"download {_WORLD_URL} to {place}, or name a local .pt file as detector"
+            f"{place.name} is not on this machine and cannot be fetched ({error}); "
+            f"download {_WORLD_URL}{place.name} to {place}, or name a local .pt file as detector"
         ) from error
 
 # %% ../nbs/03_detection.ipynb #52f6a823
 def world_detector(
     prompts: Sequence[str],  # what to look for, in words
     device: str | torch.device = "cpu",
+    version: str = "world",  # a name in `WORLD_WEIGHTS`
     **settings: float,       # confidence, iou, size of `checkpoint_detector`
 ) -> UltralyticsDetector:
     "YOLO-World as the study uses it (arXiv 2605.14166). Raises FileNotFoundError where its weights cannot be had."
-    place = cache_folder() / WORLD_WEIGHTS
+    place = cache_folder() / WORLD_WEIGHTS[version]
     if not place.is_file():
         _fetch_world(place)
     return checkpoint_detector(place, prompts, device=device, **settings)
 
 # %% ../nbs/03_detection.ipynb #c8ebfccd
 def find_detector(
-    detector: str | Path,         # "bundled", "world", or a .pt file of Ultralytics
+    detector: str | Path,         # "bundled", a name in `WORLD_WEIGHTS`, or a .pt file of Ultralytics
     prompts: Sequence[str] = (),  # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
     device: str | torch.device = "cpu",
     **settings: float,            # confidence, iou, size of the detector; left out: what goes with it
@@ -346,6 +347,6 @@ def find_detector(
     "The detector that is meant."
     if str(detector) == "bundled":
         return bundled_detector(device=device, **settings)
-    if str(detector) == "world":
-        return world_detector(prompts, device, **settings)
+    if str(detector) in WORLD_WEIGHTS:
+        return world_detector(prompts, device, str(detector), **settings)
     return checkpoint_detector(detector, prompts, device=device, **settings)

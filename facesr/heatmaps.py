@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLED_PARTS', 'PUBLISHED_PARTS', 'CANNY', 'BLUR_SIZE', 'BLUR_SIGMA', 'Part', 'read_parts', 'edges', 'fade',
-           'radial', 'patch', 'Recipe', 'blurred_and_stretched', 'heatmap', 'overlay_figure']
+           'radial', 'patch', 'published_radial', 'published_patch', 'Recipe', 'blurred_and_stretched', 'heatmap',
+           'overlay_figure']
 
 # %% ../nbs/04_heatmaps.ipynb #631c43b7
 import re
@@ -139,6 +140,34 @@ def patch(
     around = radial(height + 2 * margin, width + 2 * margin)
     return edges(np.ascontiguousarray(grey)) * fade(height, width, kind) * around[inner, inner]
 
+# %% ../nbs/04_heatmaps.ipynb #d3a8a9f9
+def published_radial(
+    height: int,
+    width: int,   # of the box and what lies in the image of its margin, in pixels
+) -> np.ndarray:  # [height, width] in [0.3, 1]
+    "exp(-0.8 (d / dmax)²) with dmax half the shorter side, at least 0.3."
+    y, x = np.ogrid[:height, :width]
+    d2 = (y - height // 2) ** 2 + (x - width // 2) ** 2
+    return np.exp(-0.8 * d2 / (min(height, width) / 2) ** 2).clip(0.3, 1)
+
+# %% ../nbs/04_heatmaps.ipynb #41346548
+def published_patch(
+    grey: np.ndarray,  # [H, W] uint8: the whole image
+    rows: slice,
+    columns: slice,    # of the box
+    kind: Literal["centre", "rim"],
+) -> np.ndarray:       # [h, w] in [0, 1]
+    "The patch of a box as the published code makes it."
+    inside = np.ascontiguousarray(grey[rows, columns])
+    height, width = inside.shape
+    margin = max(8, min(width, height) // 4)
+    above, before = min(margin, rows.start), min(margin, columns.start)
+    below, behind = min(margin, grey.shape[0] - rows.stop), min(margin, grey.shape[1] - columns.stop)
+    around = published_radial(above + height + below, before + width + behind)
+    sharp = edges(inside)
+    faded = sharp / max(sharp.max(), 1e-9) * fade(height, width, kind)
+    return faded * around[above : above + height, before : before + width]
+
 # %% ../nbs/04_heatmaps.ipynb #caa2aa7a
 BLUR_SIZE, BLUR_SIGMA = 21, 2.0  # pixels
 
@@ -150,6 +179,7 @@ class Recipe:
     # classes that are not in it do not enter
     parts: dict[str, Part] = field(default_factory=lambda: dict(BUNDLED_PARTS))
     use_confidence: bool = False  # multiply a box by its confidence; the paper does not
+    published: bool = False       # `published_patch` and boxes cut off to whole pixels
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -161,6 +191,7 @@ class Recipe:
             "blur": [BLUR_SIZE, BLUR_SIGMA],
             "combined by": "maximum",
             "stretched to": [0, 1],
+            **({"published": True} if self.published else {}),
         }
 
 # %% ../nbs/04_heatmaps.ipynb #877d8c7e
@@ -182,12 +213,14 @@ def heatmap(
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     canvas = np.zeros(grey.shape, np.float32)
     for box, name, confidence in zip(detections.boxes, detections.classes, detections.confidence):
-        left, top, right, bottom = np.round(np.clip(box, 0, [grey.shape[1], grey.shape[0]] * 2)).astype(int)
+        whole = np.trunc if recipe.published else np.round
+        left, top, right, bottom = whole(np.clip(box, 0, [grey.shape[1], grey.shape[0]] * 2)).astype(int)
         if name not in recipe.parts or bottom - top < 2 or right - left < 2:
             continue
         part, inside = recipe.parts[name], (slice(top, bottom), slice(left, right))
         weight = part.weight * (float(confidence) if recipe.use_confidence else 1.0)
-        canvas[inside] = np.maximum(canvas[inside], weight * patch(grey[inside], part.fade))
+        seen = published_patch(grey, *inside, part.fade) if recipe.published else patch(grey[inside], part.fade)
+        canvas[inside] = np.maximum(canvas[inside], weight * seen)
     return blurred_and_stretched(canvas)
 
 # %% ../nbs/04_heatmaps.ipynb #98422418

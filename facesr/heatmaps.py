@@ -140,7 +140,7 @@ def patch(
     around = radial(height + 2 * margin, width + 2 * margin)
     return edges(np.ascontiguousarray(grey)) * fade(height, width, kind) * around[inner, inner]
 
-# %% ../nbs/04_heatmaps.ipynb #d3a8a9f9
+# %% ../nbs/04_heatmaps.ipynb #65fd2484
 def published_radial(
     height: int,
     width: int,   # of the box and what lies in the image of its margin, in pixels
@@ -150,7 +150,7 @@ def published_radial(
     d2 = (y - height // 2) ** 2 + (x - width // 2) ** 2
     return np.exp(-0.8 * d2 / (min(height, width) / 2) ** 2).clip(0.3, 1)
 
-# %% ../nbs/04_heatmaps.ipynb #41346548
+# %% ../nbs/04_heatmaps.ipynb #4ac5850a
 def published_patch(
     grey: np.ndarray,  # [H, W] uint8: the whole image
     rows: slice,

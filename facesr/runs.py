@@ -6,9 +6,10 @@
 __all__ = ['RUN_FILES', 'FOLLOW_SECONDS', 'SHOWN_QUALITY', 'JPEG_QUALITY', 'write_atomically', 'write_json', 'cannot_be_read',
            'read_json', 'run_folder', 'clone', 'default_out', 'run_state', 'from_clone', 'lock_run', 'in_use',
            'RunProgress', 'write_progress', 'read_progress', 'take_run', 'differences', 'save_checkpoint',
-           'load_checkpoint', 'sweep', 'publish', 'mark_complete', 'made_of', 'is_complete', 'CompleteRun', 'Score',
-           'ShownFace', 'RunMetrics', 'Split', 'RunFaces', 'RunConfig', 'read_run', 'read_table', 'find_runs',
-           'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown', 'read_shown', 'provenance', 'as_published']
+           'with_defaults', 'load_checkpoint', 'sweep', 'publish', 'mark_complete', 'made_of', 'is_complete',
+           'CompleteRun', 'Score', 'ShownFace', 'RunMetrics', 'Split', 'RunFaces', 'RunConfig', 'read_run',
+           'read_table', 'find_runs', 'trained_with', 'choose_shown', 'webp', 'shown_picture', 'Shown', 'read_shown',
+           'provenance', 'as_published']
 
 # %% ../nbs/14_runs.ipynb #62d1a828
 import base64
@@ -269,6 +270,14 @@ def save_checkpoint(
     torch.save({"settings": settings, **state}, buffer)
     write_atomically(folder / "checkpoint" / "state.pt", buffer.getvalue())
 
+# %% ../nbs/14_runs.ipynb #d2401332
+def with_defaults(
+    then: dict[str, Any],  # settings that were recorded
+    now: dict[str, Any],   # those of now
+) -> dict[str, Any]:
+    "What was recorded; a parameter that has come since had its default."
+    return {name: Config.model_fields[name].default for name in now if name in Config.model_fields} | then
+
 # %% ../nbs/14_runs.ipynb #eb54b702
 def load_checkpoint(
     folder: Path,              # of the run
@@ -280,7 +289,7 @@ def load_checkpoint(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        then = dict(state.pop("settings"))
+        then = with_defaults(dict(state.pop("settings")), settings)
         json.dumps(then)  # else it cannot be compared
     except Exception as error:  # a damaged or hostile file can fail anywhere
         raise ValueError(
@@ -352,7 +361,8 @@ def _published_as(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
     "The same of a run that came with the repository, which does not know where its faces were."
     recorded = read_json(folder / "config.json", config=dict)["config"]
     parameters = read_json(folder / "metrics.json", parameters=int)["parameters"]
-    return {name: recorded.get(name) for name in now} | {"parameters": parameters, "data": now["data"]}
+    known = {name: value for name, value in with_defaults(recorded, now).items() if name in now}
+    return known | {"parameters": parameters, "data": now["data"]}
 
 # %% ../nbs/14_runs.ipynb #4eaf1bd3
 def is_complete(
@@ -367,7 +377,10 @@ def is_complete(
     if state not in ("complete", "published"):
         return False
     now = made_of(config, root)
-    then = read_json(folder / "checkpoint" / "complete") if state == "complete" else _published_as(folder, now)
+    if state == "complete":
+        then = with_defaults(read_json(folder / "checkpoint" / "complete"), now)
+    else:
+        then = _published_as(folder, now)
     if then != now:
         raise ValueError(
             f"{folder} is a complete run with other settings ({differences(then, now)});"

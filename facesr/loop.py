@@ -115,7 +115,7 @@ def with_heads(network: nn.Module, config: Config) -> nn.Module:
     "The network, with auxiliary heads for deep supervision. The heads come last: they change no first weight."
     if config.supervision != "deep":
         return network
-    return DeepSupervision(network, config.head_kernel).to(next(network.parameters()).device)
+    return DeepSupervision(network, int(config.heads[0])).to(next(network.parameters()).device)
 
 # %% ../nbs/13_loop.ipynb #5a1c0d12
 class Loop:

@@ -173,7 +173,7 @@ class Loss:
     total: Tensor             # scalar, weighted: this is what gets a gradient
     terms: dict[str, Tensor]  # unweighted, by name, detached
 
-
+# %% ../nbs/08_losses.ipynb #5a31ba67
 class Objective(nn.Module):
     "Weighted sum of the named losses."
 

@@ -267,13 +267,6 @@ def model_bytes(model: SuperResolutionUNet) -> bytes:
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     return save(weights, metadata={"facesr": json.dumps(model.settings)})
 
-# %% ../nbs/06_model.ipynb #89ddad26
-def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    "Settings and weights of a safetensors file of this study."
-    with safe_open(path, framework="pt") as file:
-        settings = json.loads((file.metadata() or {})["facesr"])
-        return settings, {name: file.get_tensor(name) for name in file.keys()}
-
 # %% ../nbs/06_model.ipynb #e900291f
 PUBLISHED_NAMES = {  # ours: theirs
     **{f"encoder.{i}": f"enc{i + 1}.conv" for i in range(4)},
@@ -294,6 +287,13 @@ def published_name(
     return PUBLISHED_NAMES[prefix] + ours.removeprefix(prefix)
 
 # %% ../nbs/06_model.ipynb #1be440b2
+def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    "Settings and weights of a safetensors file of this study."
+    with safe_open(path, framework="pt") as file:
+        settings = json.loads((file.metadata() or {})["facesr"])
+        return settings, {name: file.get_tensor(name) for name in file.keys()}
+
+
 _HEADS = ("out32", "out64")
 
 

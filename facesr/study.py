@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIED', 'VARIANTS', 'CONTROLS', 'PUBLISHED', 'PRESETS', 'PUBLISHED_VARIANTS', 'GRIDS', 'AttentionMap', 'Supervision',
-           'VGG16Weights', 'PARAMETERS', 'ADDED', 'grid', 'Config', 'resolve', 'needs_heatmaps', 'given_parameters',
-           'as_folder', 'as_switch']
+           'VGG16Weights', 'PARAMETERS', 'ADDED', 'grid', 'WhichRun', 'Minimised', 'Config', 'resolve',
+           'needs_heatmaps', 'given_parameters', 'as_folder', 'as_switch']
 
 # %% ../nbs/12_study.ipynb #3a2ea222
 import ast
@@ -66,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0,
         "perceptual_weight": 0.02, "perceptual_crop": 128, "perceptual_share": 1.0,
         "perceptual_weights": "IMAGENET1K_FEATURES", "perceptual_clamp": True, "lpips_weight": 0.15,
-        "multiscale_targets": "pyramid", "head_kernel": 1, "progress_by": "epoch",
+        "multiscale_targets": "pyramid", "heads": "1x1", "progress_by": "epoch",
         "schedule": "plateau", "patience": 15, "kept_by": "published",
     },
 }
@@ -109,8 +109,8 @@ def _one_of(value: str, names: Collection[str]) -> str:
     return value
 
 # %% ../nbs/12_study.ipynb #0236be36
-class Config(BaseModel):
-    "All parameters of one run; `resolve` makes those of a variant under a preset."
+class WhichRun(BaseModel):
+    "Which run, on which faces, with which network."
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -130,7 +130,11 @@ class Config(BaseModel):
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
     width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16")
     blocks: int | None = Field(None, ge=1, le=32, description="residual blocks")
-    # objective
+
+
+class Minimised(WhichRun):
+    "What the network is asked to minimise."
+
     pixel_weight: float = Field(1.0, ge=0, description="of the mean squared error")
     perceptual_weight: float = Field(0.001, ge=0, description="of the VGG16 error; 0: without VGG")
     perceptual_crop: int = Field(64, ge=32, le=128, description="pixels a side of the random crop that VGG sees")
@@ -144,11 +148,16 @@ class Config(BaseModel):
     multiscale_targets: Literal["area", "pyramid"] = Field(
         "area", description="of multiscale at 64 and 32: the averaged target, or the degradation's images"
     )
-    head_kernel: Literal[3, 1] = Field(3, description="of deep's heads; 3 adds the enlarged input, 1 does not")
+    heads: Literal["3x3", "1x1"] = Field("3x3", description="of deep: 3x3 add the enlarged input, 1x1 do not")
     progress_by: Literal["step", "epoch"] = Field("step", description="how often weights of terms follow training")
     heatmaps: str = Field(
         "", coerce_numbers_to_str=True, description="a store of one's own; empty: OUT/heatmaps, by the bundled detector"
     )
+
+# %% ../nbs/12_study.ipynb #0396eb9b
+class Config(Minimised):
+    "All parameters of one run; `resolve` makes those of a variant under a preset."
+
     # optimisation
     epochs: int = Field(8, ge=1, description="passes over the training faces")
     batch_size: int = Field(16, ge=1, description="faces a step, over all devices together")

@@ -8,9 +8,9 @@ __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'RULES', 'EQUIVALENT', 'read_faces', '
            'keep_best', 'keep_frame', 'progress_figure', 'progress_webp', 'progress_picture', 'draw_progress',
            'end_epoch', 'seconds_left', 'step_line', 'epoch_line', 'odd_progress', 'odd_loop', 'take_up',
            'warn_of_slow_bfloat16', 'obtainable', 'looks', 'batches_for', 'Interrupted', 'interruptible',
-           'until_the_step_ends', 'Trainer', 'Clock', 'is_over', 'share_of_epoch', 'start_epoch', 'fit', 'best_model',
-           'counted', 'tested', 'shown_record', 'shown_outputs', 'config_record', 'metrics_record', 'write_results',
-           'finish', 'train']
+           'until_the_step_ends', 'leave_word', 'claim', 'show_complete', 'resume', 'Trainer', 'Clock', 'is_over',
+           'share_of_epoch', 'start_epoch', 'fit', 'best_model', 'counted', 'tested', 'shown_record', 'shown_outputs',
+           'config_record', 'metrics_record', 'write_results', 'finish', 'train']
 
 # %% ../nbs/15_training.ipynb #9f5b977e
 import hashlib
@@ -459,6 +459,54 @@ def until_the_step_ends() -> Iterator[list[int]]:  # what was asked for so far
         with suppress(ValueError):
             signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/15_training.ipynb #f071a5f1
+def leave_word(trainer: "Trainer", line: str, left: float | None) -> None:
+    "What was said last, and how far the run is, for other processes to read."
+    step, epochs = trainer.loop.steps if trainer.loop else 0, trainer.config.epochs
+    where = step, trainer.total_steps, min(len(trainer.progress.history) + 1, epochs), epochs
+    told = RunProgress(os.getpid(), platform.node(), trainer.started, *where, left, line)
+    with suppress(OSError):  # the next checkpoint will tell
+        write_progress(trainer.folder, told)
+
+# %% ../nbs/15_training.ipynb #3f2bfe57
+def _is_made(trainer: "Trainer") -> bool:
+    return is_complete(trainer.folder, trainer.asked, trainer.root) and not trainer.anew
+
+
+def claim(trainer: "Trainer") -> None:
+    "The run is this process's now, unless it is complete."
+    trainer.complete = _is_made(trainer)
+    with trainer.accelerator.main_process_first():
+        if trainer.main:
+            trainer.lock = None if trainer.complete else take_run(trainer.folder, trainer.say)
+            sweep(trainer.folder)
+    # another process may have made it in the meantime; what counts is what the first process has seen
+    trainer.complete = broadcast_object_list([_is_made(trainer)])[0]
+    if trainer.complete:
+        trainer.free()
+
+# %% ../nbs/15_training.ipynb #d3c1ac47
+def show_complete(trainer: "Trainer") -> None:
+    "The trainer knows what a complete run has found."
+    history = read_table(trainer.folder, "history.csv").to_dict("records")
+    best = read_json(trainer.folder / "metrics.json", best_epoch=int)["best_epoch"]
+    trainer.progress = Progress(history, best_epoch=best)
+    trainer.report(f"{from_clone(trainer.folder)} is complete: nothing is left to train (again=True makes it anew)")
+
+
+def resume(trainer: "Trainer") -> None:
+    "The trainer goes on from the run's checkpoint, where there is one."
+    if state := load_checkpoint(trainer.folder, settings_of(trainer)):
+        take_up(trainer, state)
+        trainer.saved = trainer.loop.steps
+        where = f"step {trainer.loop.steps:,} of {trainer.total_steps:,}"
+        trainer.report(f"continuing {trainer.folder.name} at {where}")
+    commit = trainer.provenance["commit"]
+    if commit and trainer.progress.commits[-1:] != [commit]:
+        trainer.progress.commits.append(commit)
+    if trainer.main:  # before any work: a folder that cannot be written to is found out now
+        write_json(trainer.folder / "checkpoint" / "config.json", {"config": trainer.config.model_dump()})
+
 # %% ../nbs/15_training.ipynb #bf2b6ee0
 class Trainer:
     "One run: a configuration, its faces, its loop, its folder, and how far it has come."
@@ -475,14 +523,11 @@ class Trainer:
         self.out, self.say = Path(out or default_out()).expanduser(), report
         self.provenance, self.started, self.lock, self.loop, self.saved = provenance(), time.time(), None, None, 0
         self.root, self.folder = find_data(data)[0].resolve(), run_folder(self.out, config)
-        self.anew = self._is_made() and again
+        self.anew = is_complete(self.folder, self.asked, self.root) and again
         self.accelerator = accelerator_for(self.config)
         self.main = self.accelerator.is_main_process
         with interruptible(self):
             self._prepare(data)
-
-    def _is_made(self) -> bool:
-        return is_complete(self.folder, self.asked, self.root)
 
     def _prepare(self, data: str | Path | None) -> None:
         config, self.progress = self.config, Progress()
@@ -494,52 +539,20 @@ class Trainer:
         train = self.pixels["train"]
         self.batches = batches_for(config, len(train.names), self.accelerator)
         self.total_steps = config.epochs * len(self.batches)
-        self._take()
+        claim(self)
         self.heatmaps = open_heatmaps(config, self.faces, train, self.out, self.accelerator, self.report)
         self.maps = attention_maps(config.attention_map, train, self.heatmaps, config.seed) if looks(config) else None
         if config.perceptual_weight or config.lpips_weight:
             self.report("loading VGG16, for the perceptual error")
         self.loop = Loop(config, self.accelerator)
-        self._show() if self.complete else self._resume()
-
-    def _take(self) -> None:
-        "The run is this process's now, unless it is complete."
-        self.complete = self._is_made() and not self.anew
-        with self.accelerator.main_process_first():
-            if self.main:
-                self.lock = None if self.complete else take_run(self.folder, self.say)
-                sweep(self.folder)
-        self.complete = self._is_made() and not self.anew  # another process may have made it in the meantime
-        if self.complete:
-            self.free()
-
-    def _show(self) -> None:
-        history = read_table(self.folder, "history.csv").to_dict("records")
-        best = read_json(self.folder / "metrics.json", best_epoch=int)["best_epoch"]
-        self.progress = Progress(history, best_epoch=best)
-        self.report(f"{from_clone(self.folder)} is complete: nothing is left to train (again=True makes it anew)")
-
-    def _resume(self) -> None:
-        if state := load_checkpoint(self.folder, settings_of(self)):
-            take_up(self, state)
-            self.saved = self.loop.steps
-            self.report(f"continuing {self.folder.name} at step {self.loop.steps:,} of {self.total_steps:,}")
-        commit = self.provenance["commit"]
-        if commit and self.progress.commits[-1:] != [commit]:
-            self.progress.commits.append(commit)
-        if self.main:  # before any work: a folder that cannot be written to is found out now
-            write_json(self.folder / "checkpoint" / "config.json", {"config": self.config.model_dump()})
+        show_complete(self) if self.complete else resume(self)
 
     def report(self, line: str, left: float | None = None) -> None:
         "Say a line, and leave it in the run's folder for other processes; `left` seconds the run goes on."
         if self.main:
             self.say(line)
         if self.lock:
-            step, epochs = self.loop.steps if self.loop else 0, self.config.epochs
-            epoch = min(len(self.progress.history) + 1, epochs)
-            where = step, self.total_steps, epoch, epochs
-            with suppress(OSError):  # the next checkpoint will tell
-                write_progress(self.folder, RunProgress(os.getpid(), platform.node(), self.started, *where, left, line))
+            leave_word(self, line, left)
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all."
@@ -765,7 +778,8 @@ def train(
 
     Does nothing when the run is complete on this machine."""
     folder = run_folder(out or default_out(), config)
-    if is_complete(folder, config, find_data(data)[0].resolve()):
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # several processes have to agree
+    if alone and is_complete(folder, config, find_data(data)[0].resolve()):
         sweep(folder)
         return folder
     trainer = Trainer(config, data, out, report)

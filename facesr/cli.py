@@ -6,16 +6,17 @@
 __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'DataOption', 'OutOption', 'SeedsOption',
            'ControlsOption', 'WorkersOption', 'SchedulerOption', 'NotebooksOption', 'STUDIED', 'VariantArgument',
            'SetOption', 'STATES', 'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption',
-           'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'StoreArgument', 'FigureOption',
-           'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument',
-           'SheetOption', 'FacesOption', 'BatchOption', 'DeviceOption', 'PrepareOption', 'ExistingOption',
-           'WEIGHTS_HELP', 'WeightsOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption',
-           'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption', 'WeightsArgument', 'OnnxOption',
-           'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command',
-           'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'heatmaps_make', 'file_format',
-           'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people',
-           'people_of', 'number', 'summary_lines', 'evaluate_command', 'export_onnx_command', 'flush_output', 'run_app',
-           'knows_home', 'some_home', 'plain_warnings', 'main']
+           'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'StoreArgument',
+           'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption', 'PublishedOut',
+           'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption', 'DeviceOption',
+           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'MadeArgument', 'TargetsArgument',
+           'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption',
+           'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument', 'OnnxOption', 'say_version', 'facesr',
+           'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders',
+           'aligned', 'runs_command', 'print_store', 'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import',
+           'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people', 'people_of', 'number', 'summary_lines',
+           'evaluate_command', 'convert_command', 'export_onnx_command', 'flush_output', 'run_app', 'knows_home',
+           'some_home', 'plain_warnings', 'main']
 
 # %% ../nbs/20_cli.ipynb #e17a8751
 import os
@@ -41,6 +42,7 @@ from .execution import faces_folder, hand_over, notebooks_folder, sentence_of, s
 from .execution import run_in_a_row, run_on_cluster, run_report
 from .faces import SPLITS, duration, find_faces, read_people
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, read_parts
+from .model import load_model, model_bytes, parameter_count
 from .runs import default_out, in_use, read_progress, run_state, write_atomically
 from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
 from .store import export_published, import_published, read_names
@@ -285,7 +287,8 @@ SkipOption = Annotated[
 DetectorOption = Annotated[
     str,
     typer.Option(
-        parser=home, help="bundled, world (YOLO-World, fetched once), or a .pt file of Ultralytics."
+        parser=home,
+        help="bundled, world (YOLO-World, fetched once), world-v1 (the paper's), or a .pt file of Ultralytics.",
     ),
 ]
 PartsOption = Annotated[
@@ -311,6 +314,10 @@ SizeOption = Annotated[
 UseConfidenceOption = Annotated[
     bool, typer.Option("--use-confidence", help="Let a box weigh as much as the detector is sure of it.")
 ]
+RecipeOption = Annotated[
+    Literal["ours", "published"],
+    typer.Option(help="How boxes become a map: ours, or published, as the code of arXiv 2605.14166 draws them."),
+]
 
 # %% ../nbs/20_cli.ipynb #8e6a5dcf
 def print_store(store: HeatmapStore) -> None:
@@ -334,6 +341,7 @@ def heatmaps_make(
     iou: IouOption = None,
     size: SizeOption = None,
     use_confidence: UseConfidenceOption = False,
+    recipe: RecipeOption = "ours",
     skip_unreadable: SkipOption = False,
 ):
     "Make the heatmaps that are missing. Interrupt at will: the same command goes on."
@@ -342,16 +350,16 @@ def heatmaps_make(
     names = sorted(name for part in split for name in faces.names(part))
     given = {"confidence": confidence, "iou": iou, "size": size}
     chosen = {name: value for name, value in given.items() if value is not None}
-    if out is None and (chosen or parts or use_confidence or detector != "bundled"):
+    if out is None and (chosen or parts or use_confidence or detector != "bundled" or recipe != "ours"):
         raise ValueError(
             "the default store is for the bundled detector as it is;"
             " name another with --out, and give it to a run: facesr train VARIANT --set heatmaps=STORE"
         )
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
-    network, recipe = find_detector(detector, list(table), **chosen), Recipe(table, use_confidence)
-    place = out or store_path(default_out(), faces)
-    print_store(make_heatmaps(place, faces.images, names, network, recipe, skip_unreadable=skip_unreadable))
+    network = find_detector(detector, list(table), **chosen)
+    drawn, place = Recipe(table, use_confidence, recipe == "published"), out or store_path(default_out(), faces)
+    print_store(make_heatmaps(place, faces.images, names, network, drawn, skip_unreadable=skip_unreadable))
 
 # %% ../nbs/20_cli.ipynb #8e40b1f7
 StoreArgument = Annotated[
@@ -397,14 +405,24 @@ NamesOption = Annotated[
         " as in the files of 10,000, 30,000 and 50,000 rows that were published.",
     ),
 ]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path,
+        help="Where the faces are: rows are compared with them where IN holds images, and refused under wrong names.",
+    ),
+]
 
 
 @heatmaps_app.command("import")
-def heatmaps_import(source: PublishedArgument, out: NewStoreArgument, names: NamesOption = None):
+def heatmaps_import(
+    source: PublishedArgument, out: NewStoreArgument, names: NamesOption = None, images: ImagesOption = None
+):
     "Bring a published file into the keyed form, in which a map is found by the name of its face."
     exported = Path(f"{source}.names.txt")
     listed = names or (exported if exported.is_file() else None)
-    store = import_published(source, out, read_names(listed) if listed else None)
+    known, folder = read_names(listed) if listed else None, find_faces(images).images if images else None
+    store = import_published(source, out, known, folder)
     print(f"rows: {store.names[0]} to {store.names[-1]}, named by {listed or 'their order in CelebA'}")
     print_store(store)
 
@@ -471,7 +489,7 @@ ExistingOption = Annotated[
         " stop (before anything is done), skip or overwrite."
     ),
 ]
-WEIGHTS_HELP = f"Weights in the package ({', '.join(pretrained())}), or the model.safetensors of a run."
+WEIGHTS_HELP = f"In the package ({', '.join(pretrained())}), the model.safetensors of a run, or a published .pth."
 WeightsOption = Annotated[str, typer.Option(parser=home, help=WEIGHTS_HELP)]
 
 # %% ../nbs/20_cli.ipynb #1c25d818
@@ -644,6 +662,22 @@ def evaluate_command(
         print(f"warning: {odd}", file=sys.stderr)
     if out:
         write_atomically(out, table.to_csv(index=False).encode(errors="backslashreplace"))
+
+# %% ../nbs/20_cli.ipynb #2b0ab6b4
+CheckpointArgument = Annotated[
+    Path, typer.Argument(parser=path, metavar="IN", help="A published checkpoint (.pth, .pt).")
+]
+SafetensorsArgument = Annotated[
+    Path, typer.Argument(parser=path, metavar="OUT", help="The .safetensors file to write; one there is replaced.")
+]
+
+
+@app.command("convert")
+def convert_command(checkpoint: CheckpointArgument, out: SafetensorsArgument):
+    "Write a published checkpoint as safetensors. Exit codes: 0 done, 1 failed, 2 wrong usage."
+    network = load_model(checkpoint)
+    write_atomically(out, model_bytes(network))
+    print(f"{out}: {network.settings['conv']}, {parameter_count(network):,} parameters")
 
 # %% ../nbs/20_cli.ipynb #7f1be429
 WeightsArgument = Annotated[str, typer.Argument(parser=home, metavar="WEIGHTS", help=WEIGHTS_HELP)]

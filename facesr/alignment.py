@@ -6,6 +6,7 @@
 __all__ = ['CELEBA_FRAME', 'PLACES', 'ROOM', 'CROOKED', 'LOOKS', 'CANDIDATES', 'part_centres', 'similarity', 'warp', 'FaceFinder']
 
 # %% ../nbs/17_alignment.ipynb #8ee75905
+import math
 import numpy as np
 import torch
 from PIL import Image
@@ -121,14 +122,17 @@ def _refined(
     return a * fit[0], a * fit[1] + b
 
 # %% ../nbs/17_alignment.ipynb #872f8ebe
-def _distinct(fits: list[tuple[complex, complex]]) -> list[tuple[complex, complex]]:
+def _distinct(
+    fits: list[tuple[complex, complex]],
+    ratio: float = 2,  # in size
+) -> list[tuple[complex, complex]]:
     """Those that bring another face to the frame than all before.
 
-    Another face: its centre is more than half a frame away, or it is half or double the size."""
+    Another face: its centre is more than half a frame away, or its size is another by the ratio."""
     centre, kept = complex(*CELEBA_FRAME) / 2, []
     for a, b in fits:
         if not any(
-            abs((centre - b) / a - (centre - d) / c) < CELEBA_FRAME[0] / 2 / abs(c) and 0.5 < abs(a / c) < 2
+            abs((centre - b) / a - (centre - d) / c) < CELEBA_FRAME[0] / 2 / abs(c) and 1 / ratio < abs(a / c) < ratio
             for c, d in kept
         ):
             kept.append((a, b))
@@ -197,7 +201,8 @@ class FaceFinder:
         fits = _by_size(_distinct([_first_guess(box) for box in _candidates(image, self.looks)]))[:CANDIDATES]
         for _ in range(2):  # the second time at faces that stand upright, as in CelebA
             fits = _looked_at_again(image, fits, self.parts) if fits else []
-        return _by_size(_distinct(fits))
+        # once looked at, two sizes in one place are one face
+        return _distinct(_by_size(_distinct(fits)), math.inf)
 
     def found(
         self,

@@ -472,8 +472,10 @@ def read_run(
     recorded = _checked(folder / "config.json", RunConfig)
     metrics["test"] = {name: _numbers(found, "mean", "low", "high") for name, found in metrics["test"].items()}
     which = {name: metrics[name] for name in ("variant", "seed")}
-    made = {name: recorded[name] for name in ("config", "faces", "threads")}
-    return CompleteRun(folder, **which, **made, metrics=metrics, torch=str(recorded["versions"].get("torch")))
+    config = with_defaults(recorded["config"], Config.model_fields)
+    made = {name: recorded[name] for name in ("faces", "threads")}
+    version = str(recorded["versions"].get("torch"))
+    return CompleteRun(folder, **which, config=config, **made, metrics=metrics, torch=version)
 
 
 def _checked(path: Path, form: type[BaseModel]) -> dict[str, Any]:

@@ -24,7 +24,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
@@ -176,21 +180,40 @@ def all_notebooks() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
 
+def _run(notebook: "NotebookNode", given: dict[str, object]) -> None:
+    """Run a notebook from top to bottom, in place.
+
+    papermill would wait for ever at the slider of upscale.ipynb, and leave a second cell of parameters."""
+    from nbclient import NotebookClient
+    from traitlets.config import Config
+
+    asked = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    sources = [cell.source for cell in asked]
+    for cell in asked:  # for this time only
+        cell.source += "".join(f"\n{key} = {value!r}" for key, value in given.items())
+    with tempfile.TemporaryDirectory() as sockets:
+        private = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False, config=private)
+        client.resources = {"metadata": {"path": str(NOTEBOOKS)}}
+        client.coalesce_streams = True
+        client.execute()
+    for cell, source in zip(asked, sources):
+        cell.source = source
+
+
 def execute(name: str) -> None:
     "Run a notebook from top to bottom, save it with its outputs, and record that."
-    from facesr import execution
+    import nbformat
+
     from facesr.runs import as_published, write_atomically, write_json
 
     path, before = NOTEBOOKS / f"{name}.ipynb", current(name)
+    notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
         if name not in ON_CELEBA:
             os.environ.pop("FACESR_CELEBA", None)
         given = {key: folder if value is NEW_FOLDER else value for key, value in PARAMETERS.get(name, {}).items()}
-        notebook = execution.execute(path, Path(folder) / path.name, given)
-        tags = [cell.metadata.pop("tags", []) for cell in notebook.cells]
-        for cell, found in zip(notebook.cells, tags):
-            cell.metadata.update({"tags": found} if found else {})  # papermill gives some to every cell
-        notebook.cells = [cell for cell, found in zip(notebook.cells, tags) if "injected-parameters" not in found]
+        _run(notebook, given)
         notebook.metadata.pop("widgets", None)  # they live where the notebook runs; on a saved page they would be dead
         for cell in notebook.cells:
             if cell.cell_type == "code":
@@ -206,9 +229,7 @@ def execute(name: str) -> None:
 
 def main(asked: list[str]) -> None:
     "Execute notebooks by name, or all whose record is not that of the files."
-    from nbclient.exceptions import DeadKernelError
-
-    from facesr.execution import NotebookError
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
 
     known, names = all_notebooks(), [Path(name).stem for name in asked]
     if unknown := [name for name in names if name not in known]:
@@ -223,7 +244,7 @@ def main(asked: list[str]) -> None:
         print(f"{name}: executing", flush=True)
         try:
             execute(name)
-        except (NotebookError, DeadKernelError) as error:
+        except (CellControlSignal, DeadKernelError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)
     if failed:

@@ -26,7 +26,8 @@ def said(results):
     names["RESULTS"] = results
     reading = [cell.source for cell in cells if "hide-input" in cell.metadata.get("tags", [])]
     assert reading
-    return [eval(source, names).data.replace("](../", "](") for source in reading]
+    texts = [eval(source, names).data.replace("](../", "](") for source in reading]
+    return [re.sub(r"]\((\w+\.ipynb)\)", r"](nbs/\1)", text) for text in texts]
 
 
 def differ(results):

@@ -166,17 +166,19 @@ class UltralyticsDetector:
         bgr = _bgr_arrays(images)
         if not bgr:
             return []
-        with _threads_kept():
-            found = self.yolo.predict(
-                bgr,
-                imgsz=self.settings["size"],
-                conf=self.settings["confidence"],
-                iou=self.settings["iou"],
-                device=self.device,
-                verbose=False,
-                save=False,
-            )
+        if self.yolo.predictor is None:  # made by the first call, with other threads: the next ones would differ
+            self._predict([np.zeros((32, 32, 3), np.uint8)], imgsz=32)
+        found = self._predict(
+            bgr,
+            imgsz=self.settings["size"],
+            conf=self.settings["confidence"],
+            iou=self.settings["iou"],
+        )
         return [self._detections(result.boxes.cpu().numpy()) for result in found]
+
+    def _predict(self, bgr: list[np.ndarray], **how: float) -> list[Any]:
+        with _threads_kept():
+            return self.yolo.predict(bgr, device=self.device, verbose=False, save=False, **how)
 
     def _detections(self, boxes) -> Detections:
         classes = [self.classes[int(i)] for i in boxes.cls]

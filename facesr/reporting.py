@@ -54,32 +54,10 @@ from .heatmaps import overlay_figure
 from .images import picture_rows
 from .losses import attention_maps, attention_ramp, attention_weights
 from .metrics import evaluate, Evaluator, inside, Metric, METRICS, part_boxes, predict, SCORED_PARTS
-from facesr.runs import (
-    as_published,
-    clone,
-    CompleteRun,
-    default_out,
-    differences,
-    read_shown,
-    Shown,
-    trained_with,
-    webp,
-    write_atomically,
-    write_json,
-)
-from facesr.statistics import (
-    chance,
-    COMPARED,
-    direction,
-    ends,
-    interval_of,
-    interval_words,
-    is_shown,
-    paired_difference,
-    slices,
-    statement,
-    summarise,
-)
+from .runs import as_published, clone, CompleteRun, default_out, differences, read_shown, Shown, trained_with
+from .runs import webp, write_atomically, write_json
+from .statistics import chance, COMPARED, direction, ends, interval_of, interval_words, is_shown
+from .statistics import paired_difference, slices, statement, summarise
 from .store import coverage, HeatmapStore, store_path
 from .study import as_folder, Config, CONTROLS, needs_heatmaps, PRESETS, PUBLISHED, resolve, VARIANTS, VARIED
 

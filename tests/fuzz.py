@@ -688,10 +688,12 @@ def read_checkpoint(case: "Case") -> Any:
     "A run goes on from it, and what it goes on with is a run."
     import torch
 
+    from facesr.training import resume
+
     trainer = _trainer()
     shutil.copy(case.victim, trainer.folder / "checkpoint" / "state.pt")
     try:
-        trainer._resume()
+        resume(trainer)
         weights = [*trainer.loop.network.parameters(), *trainer.loop.average.module.parameters()]
         assert all(weight.isfinite().all() for weight in weights), "weights that are no numbers are trained on"
         assert 0 <= trainer.loop.steps <= trainer.total_steps, f"step {trainer.loop.steps} of {trainer.total_steps}"
@@ -699,7 +701,7 @@ def read_checkpoint(case: "Case") -> Any:
         return torch.cat([weight.flatten() for weight in weights])
     finally:
         shutil.copy(case.valid / "checkpoint" / "state.pt", trainer.folder / "checkpoint" / "state.pt")
-        trainer._resume()
+        resume(trainer)
 
 
 def read_runs(case: "Case") -> Any:

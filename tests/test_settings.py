@@ -46,10 +46,14 @@ FELT = [  # what is changed, and where from
     ({"weight_decay": 0.1}, {}), ({"warmup_steps": 7}, {}), ({"ema_decay": 0.5}, {}),
     ({"perceptual_weight": 0.01}, {}),
     ({"perceptual_crop": 32}, {"perceptual_weight": 0.01}), ({"perceptual_share": 1.0}, {"perceptual_weight": 0.01}),
+    ({"multiscale_targets": "pyramid"}, ATTENTIVE | {"supervision": "multiscale"}),
+    ({"heads": "1x1"}, ATTENTIVE | {"supervision": "deep"}),
 ]
 ELSEWHERE = {  # a change of them is noticed in other tests; a process has one precision
     "variant", "preset", "needs_celeba", "val_faces", "test_faces", "skip_unreadable", "heatmaps", "checkpoint_minutes",
     "mixed_precision",
+    # the published recipe: here below, and where 13_loop and 15_training define what they do
+    "perceptual_weights", "perceptual_clamp", "lpips_weight", "progress_by", "schedule", "kept_by", "patience",
 }
 _PLAIN = {}
 
@@ -62,6 +66,14 @@ def test_a_setting_is_felt(tmp_path_factory, changed, start):
         _PLAIN[key] = stepped(begun(out / "plain", **start))
     other = stepped(begun(out / "other", **start | changed))
     assert other.shape != _PLAIN[key].shape or not torch.equal(other, _PLAIN[key])
+
+
+def test_settings_of_the_published_recipe_reach_the_objective(tmp_path):
+    trainer = begun(tmp_path, perceptual_weight=0.01, perceptual_clamp=True, lpips_weight=0.5)
+    objective = trainer.loop.objective
+    assert (objective.full["lpips"], objective.perceptual_loss.clamp, objective.lpips is None) == (0.5, True, False)
+    other = begun(tmp_path / "other", perceptual_weight=0.01).loop.objective
+    assert (other.full["lpips"], other.perceptual_loss.clamp, other.lpips) == (0, False, None)
 
 
 def test_no_setting_is_left_out():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from queue import Empty
 from signal import SIGCONT, SIGKILL, SIGSTOP
-from subprocess import DEVNULL, PIPE, Popen
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from time import sleep
 
 import nbformat
@@ -35,7 +35,8 @@ class Page:
         cells = nbformat.read(ROOT / "nbs" / "train.ipynb", as_version=4).cells
         self.cells = [cell.source for cell in cells if cell.cell_type == "code"]
         self.manager = KernelManager(transport="ipc", ip=str(sockets / "kernel"))
-        self.manager.start_kernel(cwd=str(ROOT / "nbs"))
+        environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
+        self.manager.start_kernel(cwd=str(ROOT / "nbs"), env=environment)
         self.kernel = self.manager.blocking_client()
         self.kernel.start_channels()
         self.kernel.wait_for_ready(timeout=60)
@@ -112,7 +113,7 @@ def test_a_page_that_is_interrupted_goes_on_and_shows_what_another_process_has_c
     assert "Run All" in shown[0] and "epoch 8/8" not in printed and not in_use(run)
 
     train = "train", "--preset", "smoke", "--set", "epochs=8", "--set", "perceptual_weight=0", "--out", str(tmp_path)
-    other = Popen([FACESR, *train], cwd=ROOT, env=facesr.environment, stdout=PIPE, text=True)
+    other = Popen([FACESR, *train], cwd=ROOT, env=facesr.environment, stdout=PIPE, stderr=STDOUT, text=True)
     while not in_use(run):
         assert other.poll() is None
         sleep(0.02)
@@ -123,7 +124,8 @@ def test_a_page_that_is_interrupted_goes_on_and_shows_what_another_process_has_c
 
     printed, shown = page.run_all(parameters, waits, lambda: other.send_signal(SIGCONT))
     said = other.communicate()[0]
-    assert other.returncode == 0 and "continuing seed0 at step" in said and "epoch 8/8 done" in said
+    assert other.returncode == 0, said
+    assert "continuing seed0 at step" in said and "epoch 8/8 done" in said
     assert shown == [] and f"process {other.pid}: epoch 8/8 done" in printed and "run complete" in printed
     assert "is complete: nothing is left to train" in printed
 

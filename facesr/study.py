@@ -181,6 +181,14 @@ class Config(Minimised):
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value  # from the command line
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info) -> Any:
+        is_number = cls.model_fields[info.field_name].annotation in (int, float, int | None)
+        if is_number and isinstance(value, str) and "_" in value:  # Python reads 1_0 as 10
+            raise ValueError("input should be a number in plain digits")
+        return value
+
     @field_validator("variant", "preset", "degradation", "conv")
     @classmethod
     def _named(cls, value: str, info) -> str:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -246,14 +247,39 @@ def changed(path, found, place, new):
 
 @pytest.mark.parametrize("attribute", ["schema", "settings", "seal"])
 def test_text_of_an_odd_type_does_not_end_the_process(tmp_path, attribute):
-    "HDF5 crashes where one bit makes a list of a text."
+    "HDF5 crashes where one bit makes a list of a text of variable length, as older stores have them."
     path = tmp_path / "store.h5"
     make(path, NAMES[:6])
+    with h5py.File(path, "r+") as file:
+        said = file.attrs[attribute].decode()
+        for name in file.attrs:
+            del file.attrs[name]  # the first that is written has its type beside its name
+        file.attrs[attribute] = said
     changed(path, b"\x19\x01", path.read_bytes().index(attribute.encode() + b"\0"), b"\x19\x00")
 
     def work():
         with pytest.raises(ValueError, match="store.h5 (is no heatmap store|does not say how|is damaged: it does not)"):
             HeatmapStore(path)
+
+    process = forked(work)
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("attribute", ["schema", "settings", "seal"])
+def test_a_damaged_length_of_a_text_asks_for_no_memory(tmp_path, attribute):
+    path = tmp_path / "store.h5"
+    make(path, NAMES[:6])
+    with h5py.File(path) as file:
+        length = len(file.attrs[attribute])
+    place = path.read_bytes().index(attribute.encode() + b"\0")
+    changed(path, length.to_bytes(4, "little"), place, (2**30).to_bytes(4, "little"))
+
+    def work():
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 100 * 1024  # kB
+        with pytest.raises((ValueError, OSError), match="store.h5"):
+            HeatmapStore(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most
 
     process = forked(work)
     process.join()

@@ -128,7 +128,7 @@ class Loop:
         network: nn.Module | None = None,  # None: the one that config describes
     ):
         torch.manual_seed(config.seed)
-        network = network or SuperResolutionUNet(config.conv, config.width, config.blocks)
+        network = network or SuperResolutionUNet(config.conv, config.width, config.blocks, config.filtered)
         self.config, self.accelerator, self.steps = config, accelerator, 0
         self.left = 1.0  # of the learning rate, where it is halved on a plateau
         self.network = network.to(accelerator.device)

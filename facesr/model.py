@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONVS', 'HEAD_SIZES', 'PUBLISHED_NAMES', 'parameter_count', 'activation', 'double_conv', 'DenseResidual',
-           'DenseMerge', 'SeparableResidual', 'shuffle_up', 'SeparableMerge', 'separable', 'standard', 'channels_last',
-           'global_skip', 'SuperResolutionUNet', 'DeepSupervision', 'model_bytes', 'published_name', 'load_model',
-           'gmac', 'fastest']
+           'DenseMerge', 'SeparableResidual', 'shuffle_up', 'SeparableMerge', 'separable', 'standard', 'Binomial',
+           'channels_last', 'global_skip', 'SuperResolutionUNet', 'DeepSupervision', 'model_bytes', 'published_name',
+           'load_model', 'gmac', 'fastest']
 
 # %% ../nbs/06_model.ipynb #60c72c7d
 import json
@@ -162,20 +162,41 @@ def standard(
     tail = nn.Sequential(nn.Conv2d(w, w, 1), *residuals, nn.Conv2d(w, 3, 1))  # [B, 3, 128, 128]
     return encoder, bottleneck, decoder, upsampler, tail
 
+# %% ../nbs/06_model.ipynb #0e889506
+class Binomial(nn.Module):
+    "Each channel filtered with [1, 2, 1] in both directions, the border pixels repeated: nothing is left at 2 pixels."
+
+    def __init__(self):
+        super().__init__()
+        line = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("kernel", torch.outer(line, line).expand(3, 1, 3, 3).clone(), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, 3, H, W]
+    ) -> Tensor:    # same shape
+        kernel = self.kernel.to(x.dtype)
+        return functional.conv2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+
 # %% ../nbs/06_model.ipynb #4594d1e2
-CONVS = {"separable": {"width": 80, "blocks": 3}, "standard": {"width": 48, "blocks": 5}}
+CONVS = {
+    "separable": {"width": 80, "blocks": 3, "filtered": True},
+    "standard": {"width": 48, "blocks": 5, "filtered": False},
+}
 
 
-def _settings(conv: str, width: int | None, blocks: int | None) -> dict[str, Any]:
+def _settings(conv: str, width: int | None, blocks: int | None, filtered: bool | None) -> dict[str, Any]:
     "What it takes to build a network, with the defaults of `conv`. Raises ValueError for what is not allowed."
     if conv not in CONVS:
         raise ValueError(f"conv is {conv!r}; allowed are {', '.join(CONVS)}")
     width, blocks = width or CONVS[conv]["width"], blocks or CONVS[conv]["blocks"]
-    if width % 8 or not 8 <= width <= 512 or not 1 <= blocks <= 32:
+    filtered = CONVS[conv]["filtered"] if filtered is None else filtered
+    if width % 8 or not 8 <= width <= 512 or not 1 <= blocks <= 32 or not isinstance(filtered, bool):
         raise ValueError(
-            f"width is {width} and blocks {blocks}; width has to be a multiple of 8 up to 512, blocks 1 to 32"
+            f"width is {width}, blocks {blocks} and filtered {filtered!r}; width has to be a multiple of 8 up to 512, "
+            "blocks 1 to 32, filtered True or False"
         )
-    return {"conv": conv, "width": width, "blocks": blocks}
+    return {"conv": conv, "width": width, "blocks": blocks, "filtered": filtered}
 
 # %% ../nbs/06_model.ipynb #88090291
 def channels_last(module: nn.Module) -> nn.Module:
@@ -199,12 +220,14 @@ class SuperResolutionUNet(nn.Module):
         conv: str = "separable",    # a name in `CONVS`
         width: int | None = None,   # channels at 16x16, a multiple of 8; None: the default of `conv`
         blocks: int | None = None,  # residual blocks, as in `separable` and `standard`; None: the default of `conv`
+        filtered: bool | None = None,  # whether `Binomial` filters what the tail writes; None: the default of `conv`
     ):
         super().__init__()
-        self.settings = _settings(conv, width, blocks)  # what it takes to build this network again
+        self.settings = _settings(conv, width, blocks, filtered)  # what it takes to build this network again
         w, n = self.settings["width"], self.settings["blocks"]
         parts = separable(w, n) if conv == "separable" else standard(w, n)
-        self.encoder, self.bottleneck, self.decoder, self.upsampler, self.tail = parts
+        self.encoder, self.bottleneck, self.decoder, self.upsampler, tail = parts
+        self.tail = tail.append(Binomial()) if self.settings["filtered"] else tail
         self.channels = {32: w // 2, 64: w // 4} if conv == "separable" else {32: w, 64: w}  # on the way up, by size
         channels_last(self)
 
@@ -290,7 +313,7 @@ def published_name(
 def _read_ours(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "Settings and weights of a safetensors file of this study."
     with safe_open(path, framework="pt") as file:
-        settings = json.loads((file.metadata() or {})["facesr"])
+        settings = {"filtered": False} | json.loads((file.metadata() or {})["facesr"])  # networks once had no filter
         return settings, {name: file.get_tensor(name) for name in file.keys()}
 
 

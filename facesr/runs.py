@@ -275,8 +275,11 @@ def with_defaults(
     then: dict[str, Any],  # settings that were recorded
     now: dict[str, Any],   # those of now
 ) -> dict[str, Any]:
-    "What was recorded; a parameter that has come since had its default."
-    return {name: Config.model_fields[name].default for name in now if name in Config.model_fields} | then
+    "What was recorded; a parameter that has come since had its default, and `separable` had no filter."
+    defaults = {name: Config.model_fields[name].default for name in now if name in Config.model_fields}
+    if "filtered" in now and then.get("conv") == "separable":
+        defaults["filtered"] = False
+    return defaults | then
 
 # %% ../nbs/14_runs.ipynb #eb54b702
 def load_checkpoint(

@@ -55,20 +55,25 @@ def _faces(train: int, val: int, test: int, celeba: bool = True) -> dict[str, An
     return {"train_faces": train, "val_faces": val, "test_faces": test, "needs_celeba": celeba}
 
 
+_PUBLISHED_SCHEDULE = {  # of learning rate and terms, and when to stop (arXiv 2605.14166)
+    "epochs": 200, "schedule": "plateau", "patience": 15, "kept_by": "published", "progress_by": "epoch",
+    "lpips_weight": 0.15, "perceptual_clamp": True,
+    "flips": False, "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": _faces(32, 8, 8, celeba=False)
     | {"epochs": 2, "batch_size": 8, "width": 16, "blocks": 1, "perceptual_share": 0.25},
     "quick": _faces(1_000, 50, 100, celeba=False) | {"epochs": 9, "batch_size": 8, "width": 48, "blocks": 2},
     "celeba": _faces(12_500, 500, 2_500) | {"epochs": 24, "mixed_precision": "bf16"},
     "seeds": _faces(3_000, 100, 1_000) | {"epochs": 7, "mixed_precision": "bf16"},
+    "rules": _faces(1_500, 60, 500) | _PUBLISHED_SCHEDULE
+    | {"learning_rate": 1e-3, "perceptual_weight": 0.28, "mixed_precision": "bf16"},
     "paper": _faces(30_000, 6_000, 6_000) | {
-        "conv": "standard", "epochs": 200, "batch_size": 64, "mixed_precision": "fp16", "flips": False,
-        "learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "ema_decay": 0.0,
+        "conv": "standard", "batch_size": 64, "mixed_precision": "fp16", "learning_rate": 1e-4,
         "perceptual_weight": 0.02, "perceptual_crop": 128, "perceptual_share": 1.0,
-        "perceptual_weights": "IMAGENET1K_FEATURES", "perceptual_clamp": True, "lpips_weight": 0.15,
-        "multiscale_targets": "pyramid", "heads": "1x1", "progress_by": "epoch",
-        "schedule": "plateau", "patience": 15, "kept_by": "published",
-    },
+        "perceptual_weights": "IMAGENET1K_FEATURES", "multiscale_targets": "pyramid", "heads": "1x1",
+    } | _PUBLISHED_SCHEDULE,
 }
 PUBLISHED_VARIANTS = {  # what else differs between the variants of the published study
     "multiscale": {"perceptual_weight": 0.01},
@@ -78,6 +83,7 @@ PUBLISHED_VARIANTS = {  # what else differs between the variants of the publishe
 # %% ../nbs/12_study.ipynb #6f4e9b27
 GRIDS: dict[str, tuple[tuple[str, ...], int]] = {  # preset -> variants and controls, seeds
     "celeba": ((*VARIANTS, "uniform"), 1),
+    "rules": (("baseline", "heatmap"), 3),
     "paper": ((*VARIANTS, "uniform"), 1),
     "seeds": (("baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"), 6),
 }
@@ -130,6 +136,7 @@ class WhichRun(BaseModel):
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
     width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16")
     blocks: int | None = Field(None, ge=1, le=32, description="residual blocks")
+    filtered: bool | None = Field(None, description="a binomial filter over the output, against a grid in pictures")
 
 
 class Minimised(WhichRun):
@@ -176,7 +183,7 @@ class Config(Minimised):
     # bookkeeping: changes nothing about the result
     checkpoint_minutes: float = Field(3.0, ge=0, description="between checkpoints; what an interruption can cost")
 
-    @field_validator("train_faces", "val_faces", "test_faces", "width", "blocks", "patience", mode="before")
+    @field_validator("train_faces", "val_faces", "test_faces", "width", "blocks", "filtered", "patience", mode="before")
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value  # from the command line

@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": _faces(32, 8, 8, celeba=False)
     | {"epochs": 2, "batch_size": 8, "width": 16, "blocks": 1, "perceptual_share": 0.25},
     "quick": _faces(1_000, 50, 100, celeba=False) | {"epochs": 9, "batch_size": 8, "width": 48, "blocks": 2},
-    "celeba": _faces(12_500, 500, 2_500) | {"epochs": 24, "mixed_precision": "bf16"},
+    "celeba": _faces(30_000, 500, 2_500) | {"epochs": 11, "mixed_precision": "bf16"},
     "seeds": _faces(3_000, 100, 1_000) | {"epochs": 7, "mixed_precision": "bf16"},
     "rules": _faces(1_500, 60, 500) | _PUBLISHED_SCHEDULE
     | {"learning_rate": 1e-3, "perceptual_weight": 0.28, "mixed_precision": "bf16"},

@@ -2,7 +2,8 @@
 #                       in results/mine, which git ignores
 #                       PRESET=celeba other faces and network, OUT=folder other results, CONTROLS=1 the controls too,
 #                       SEEDS=3 repeats, from SEED on, WORKERS=2 at a time or SCHEDULER=tcp://...
-# make results          remake the results that the repository keeps: quick and, where DATA is CelebA, celeba
+# make results          remake the results that the repository keeps: quick and, where DATA is CelebA, celeba,
+#                       rules and bicubic
 # make test             what CI runs: notebooks in step, ruff, nbdev_test, pytest (two tests at a time, a thread each)
 # make lab              JupyterLab, on the notebook to start from (LAB=--no-browser and other options of its own)
 # make prepare          after editing notebooks: clean, export, README
@@ -65,6 +66,9 @@ study: .venv/ready
 results: .venv/ready
 	env -u FACESR_CELEBA $(bin)/facesr study --preset quick --out results --workers "$$WORKERS"
 	$(if $(DATA),$(bin)/facesr study --preset celeba --out results --workers "$$WORKERS" --data "$$DATA")
+	$(if $(DATA),$(bin)/facesr study --preset rules --out results --workers "$$WORKERS" --data "$$DATA")
+	$(if $(DATA),for variant in heatmap uniform; do $(bin)/facesr train $$variant --preset celeba --data "$$DATA" \
+	  --set degradation=bicubic --out results/bicubic; done)
 
 prepare: .venv/ready
 	$(bin)/nbdev_clean

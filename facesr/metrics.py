@@ -211,6 +211,7 @@ _PRIMARY_AND_PARTS = (
 # %% ../nbs/10_metrics.ipynb #6cb232c3
 _LUMA = "of the Y channel of BT.601 in studio range (16 to 235, not rounded)"
 _FLOATS = "RGB floats in [-1, 1], neither clamped nor rounded"
+_SKIN = f"{_EIGHT_BIT}; median colour of the cheeks between dlib's points of the target, output and target"
 _LANDMARKS = (
     f"{_EIGHT_BIT}, peak 255, over the pixels inside the boxes around dlib's points of the target, a tenth of the "
     "distance between the outer corners of the eyes wider on each side"
@@ -243,6 +244,7 @@ _OTHERS = (
     Metric("psnr_eye_landmarks", "PSNR, eyes (landmarks)", "dB", True, "identity", 2, _LANDMARKS),
     Metric("psnr_nose_landmarks", "PSNR, nose (landmarks)", "dB", True, "identity", 2, _LANDMARKS),
     Metric("psnr_mouth_landmarks", "PSNR, mouth (landmarks)", "dB", True, "identity", 2, _LANDMARKS),
+    Metric("skin_error", "Skin, colour", "", False, "identity", 2, f"{_SKIN}: distance in CIELAB (CIE 1976)"),
 )
 METRICS = {metric.name: metric for metric in (*_PRIMARY_AND_PARTS, *_OTHERS)}
 

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['FACES_REMEDY', 'ORIGINS', 'MEASURED', 'GROUPS', 'QUESTIONS', 'PLACES', 'FACES_OPTION', 'BOX', 'PALETTE', 'INSIDE',
-           'PANELS', 'CURVES', 'EYES', 'STYLE', 'report_parameters', 'runs_folder', 'named', 'by_variant', 'one_each',
-           'common', 'usable', 'run_remedy', 'looking', 'check_comparable', 'FoundFaces', 'find_run_faces',
-           'faces_sentence', 'check_numbers', 'read_table', 'ReportFiles', 'kept_table', 'check_names', 'check_scores',
-           'check_metrics', 'read_per_image', 'read_tables', 'average_seeds', 'kept_record', 'measure_interpolation',
-           'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell', 'score_table',
-           'results_table', 'core_minutes', 'run_table', 'grid_table', 'summary_table', 'published_table',
-           'measure_table', 'gain_sentence', 'Question', 'in_places', 'answer_about', 'preset_options', 'run_options',
-           'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair', 'verdict_of_pair', 'verdict_on_floor',
-           'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs', 'written_sentence', 'missing_controls',
-           'told_families', 'difference_cell', 'difference_table', 'legible', 'draw', 'show', 'reach',
-           'differences_figure', 'panels', 'seed_points', 'draw_panel', 'confound_figure', 'confound_caption',
-           'parts_figure', 'read_history', 'read_histories', 'curves_figure', 'picture_columns', 'read_pictures',
-           'gallery', 'with_eyes', 'opening_figure', 'heatmap_store', 'missing_heatmaps', 'heatmaps_figure',
-           'coverage_table', 'map_weight_table', 'measure_map_weights', 'slice_table', 'limits_of_faces',
-           'limits_of_conditions', 'limits_of_seeds', 'vgg_share', 'limits_of_controls', 'limits_of_choices', 'limits',
-           'scrolling', 'scrolling_picture', 'page', 'describe_pictures', 'prepare_text', 'write_report']
+           'PANELS', 'CURVES', 'EYES', 'THIRDS', 'BY_TONE', 'STYLE', 'report_parameters', 'runs_folder', 'named',
+           'by_variant', 'one_each', 'common', 'usable', 'run_remedy', 'looking', 'check_comparable', 'FoundFaces',
+           'find_run_faces', 'faces_sentence', 'as_numbers', 'read_table', 'ReportFiles', 'kept_table', 'check_names',
+           'check_scores', 'with_numbers', 'read_per_image', 'read_tables', 'average_seeds', 'kept_record',
+           'measure_interpolation', 'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell',
+           'score_table', 'results_table', 'core_minutes', 'run_table', 'grid_table', 'summary_table',
+           'published_table', 'measure_table', 'gain_sentence', 'Question', 'in_places', 'answer_about',
+           'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair',
+           'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs',
+           'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table', 'legible',
+           'draw', 'show', 'reach', 'differences_figure', 'panels', 'seed_points', 'draw_panel', 'confound_figure',
+           'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure', 'picture_columns',
+           'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store', 'missing_heatmaps',
+           'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights', 'slice_table', 'skin_tones',
+           'tone_table', 'tone_cells', 'worst_served', 'limits_of_faces', 'limits_of_conditions', 'limits_of_seeds',
+           'vgg_share', 'limits_of_controls', 'limits_of_choices', 'limits', 'scrolling', 'scrolling_picture', 'page',
+           'describe_pictures', 'prepare_text', 'write_report']
 
 # %% ../nbs/16_reporting.ipynb #59fe1add
 import base64
@@ -50,6 +51,7 @@ from .degradation import HR_SIZE, interpolate, INTERPOLATIONS, to_float, to_uint
 from .detection import bundled_detector
 from .faces import BUNDLED, FaceSet, find_data, find_faces, Pixels, read_pixels
 from .heatmaps import overlay_figure
+from .identity import FaceIdentity, skin_colour, typology_angle
 from .images import picture_rows
 from .losses import attention_maps, attention_ramp, attention_weights
 from .metrics import evaluate, Evaluator, Grid, inside, Metric, METRICS, part_boxes, predict, SCORED_PARTS
@@ -213,13 +215,13 @@ def faces_sentence(runs: Sequence[CompleteRun]) -> str:
     )
 
 # %% ../nbs/16_reporting.ipynb #f7d0ee24
-def check_numbers(
+def as_numbers(
     column: pd.Series,
     empty: bool = False,     # cells may be empty
     infinite: bool = False,  # numbers may be infinite
-) -> None:
-    "Raises ValueError that names the row of what is no number."
-    numbers = pd.to_numeric(column, errors="coerce")
+) -> pd.Series:  # of floats
+    "The column as numbers, also where pandas reads one as text. Raises ValueError that names the row of what is none."
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
     wrong = numbers.isna() & ~(empty & column.isna())
     if not infinite:
         wrong |= np.isinf(numbers)
@@ -227,6 +229,7 @@ def check_numbers(
         row = int(wrong.to_numpy().argmax())
         found = "nothing" if pd.isna(column.iloc[row]) else repr(str(column.iloc[row])[:40])
         raise ValueError(f"row {row + 1} has {found} as {column.name}, where a number has to be")
+    return numbers
 
 # %% ../nbs/16_reporting.ipynb #fb3b0a37
 def read_table(
@@ -278,7 +281,7 @@ def kept_table(
         files.made[name] = made or earlier.read_bytes()
         table = read_table(BytesIO(files.made[name]), ())
         for column in table.columns[1:]:
-            check_numbers(table[column], empty=True)
+            table[column] = as_numbers(table[column], empty=True)
         return table.set_index(table.columns[0])
 
 # %% ../nbs/16_reporting.ipynb #ddf19e6e
@@ -314,14 +317,16 @@ def check_scores(
                 )
 
 
-def check_metrics(
+def with_numbers(
     table: pd.DataFrame,
     names: Sequence[str],     # in METRICS
     infinite: Sequence[str],  # those that may be
-) -> None:
-    "Raises ValueError for what is no number; what not every image has a number of may be empty."
+) -> pd.DataFrame:
+    "The table, these columns as numbers; what not every image has may be empty. Raises ValueError for what is none."
+    table = table.copy()
     for name in names:
-        check_numbers(table[name], METRICS[name].group in PARTLY, name in infinite)
+        table[name] = as_numbers(table[name], METRICS[name].group in PARTLY, name in infinite)
+    return table
 
 # %% ../nbs/16_reporting.ipynb #e085a617
 MEASURED = [name for name, metric in METRICS.items() if metric.group != "identity"]  # by every run
@@ -337,7 +342,7 @@ def read_per_image(
     with usable(path, run_remedy(run)):
         table = read_table(path, ["name", "person", *measured])
         check_names(table["name"], run, tested)
-        check_metrics(table, measured, ["consistency"])
+        table = with_numbers(table, measured, ["consistency"])
         check_scores(table, recorded)
     return table
 
@@ -442,7 +447,7 @@ def read_interpolation(
     with usable(stamp.with_suffix(".csv"), FACES_REMEDY):
         table = read_table(stamp.with_suffix(".csv"), ["name", *measured])
         check_names(table["name"], run)
-        check_metrics(table, measured, infinite=measured)
+        table = with_numbers(table, measured, infinite=measured)
         check_scores(table, record["test"])
     return table
 
@@ -1031,8 +1036,9 @@ def read_history(run: CompleteRun) -> pd.DataFrame:  # a row an epoch
     with usable(path, run_remedy(run)):
         table = read_table(path, ["epoch", "val_psnr", "mse", *terms])
         for name in table:
-            check_numbers(table[name])
-        if table["epoch"].tolist() != list(range(1, config["epochs"] + 1)):
+            table[name] = as_numbers(table[name])
+        last = len(table) if config.get("patience") else config["epochs"]  # patience ends a run earlier
+        if table["epoch"].tolist() != list(range(1, last + 1)) or not 0 < last <= config["epochs"]:
             raise ValueError(f"its rows are not the epochs 1 to {config['epochs']}")
     return table
 
@@ -1203,6 +1209,67 @@ def slice_table(
     sliced = {variant: slices(table, attributes).set_index("slice") for variant, table in averaged.items()}
     faces = next(iter(sliced.values()))["faces"]
     return pd.DataFrame({"faces": faces} | {f"{v}, PSNR (dB)": table["mean"].round(2) for v, table in sliced.items()})
+
+# %% ../nbs/16_reporting.ipynb #cda2d4bd
+THIRDS = ("darkest third", "middle third", "lightest third")
+BY_TONE = ("psnr", "lpips_alex", "skin_error")
+
+
+def skin_tones(
+    found: FoundFaces,
+    names: Sequence[str],  # of test faces
+) -> pd.Series:            # typology angle in degrees, by name
+    "How light the skin is on each target. Raises ValueError without the extra 'identity'."
+    judge, row = FaceIdentity(), {name: i for i, name in enumerate(found.test.names)}
+    images = [found.test.levels[HR_SIZE][row[name]].permute(1, 2, 0).numpy() for name in names]
+    points = [judge.describe(image, judge.place(image))[1] for image in images]
+    return pd.Series([typology_angle(skin_colour(*both)) for both in zip(images, points)], index=list(names)).dropna()
+
+
+def tone_table(
+    averaged: dict[str, pd.DataFrame],  # variant -> a row an image
+    tones: pd.Series,                   # as `skin_tones` gives them
+) -> pd.DataFrame:                      # a row a measure, three columns a third: mean, low, high
+    "Every variant on each third, with intervals over people; how often the detector found all parts there."
+    parts = [f"psnr_{part}" for part in SCORED_PARTS]
+    third, rows = pd.qcut(tones, 3, labels=THIRDS), {}
+    for name in THIRDS:
+        chosen = {v: t[t["name"].isin(third.index[third == name])] for v, t in averaged.items()}
+        complete = next(iter(chosen.values()))[parts].notna().all(axis=1)
+        rows["faces", name] = rows["faces", f"{name}, low"] = rows["faces", f"{name}, high"] = len(complete)
+        for end in (name, f"{name}, low", f"{name}, high"):
+            rows["all parts found (%)", end] = 100 * complete.mean()
+        for variant, table in chosen.items():
+            for metric, found in summarise(table[["name", "person", *BY_TONE]]).items():
+                ends = {name: "mean", f"{name}, low": "low", f"{name}, high": "high"}
+                rows |= {(f"{variant}, {metric}", column): found[end] for column, end in ends.items()}
+    return pd.Series(rows).unstack(sort=False)
+
+# %% ../nbs/16_reporting.ipynb #befd78c6
+def tone_cells(by_tone: pd.DataFrame) -> pd.DataFrame:  # cells of HTML
+    "The table as it is shown: a mean, and its interval in small print."
+    def cell(row, third):
+        ends = {"mean": row[third], "low": row[f"{third}, low"], "high": row[f"{third}, high"]}
+        metric = METRICS.get(row.name.rpartition(", ")[2])
+        return score_cell(metric, ends) if metric else f"{row[third]:,.0f}"
+
+    def heading(name):
+        variant, _, metric = name.rpartition(", ")
+        return f"{variant}, {METRICS[metric].heading}" if metric in METRICS else name
+
+    cells = {third: [cell(row, third) for _, row in by_tone.iterrows()] for third in THIRDS}
+    return pd.DataFrame(cells, index=[heading(name) for name in by_tone.index])
+
+
+def worst_served(by_tone: pd.DataFrame) -> str:
+    "A sentence: for whom a measure is worst, on average over the variants."
+    said = []
+    for metric in (METRICS[name] for name in BY_TONE):
+        means = by_tone[[name.endswith(f", {metric.name}") for name in by_tone.index]][list(THIRDS)].mean()
+        worst, best = (means.idxmin(), means.idxmax())[:: 1 if metric.higher_is_better else -1]
+        said.append(f"{metric.label} is worst for the {worst} ({number(means[worst], metric)}, "
+                    f"{number(means[best], metric)} for the {best})")
+    return "; ".join(said) + ". These are means over the variants."
 
 # %% ../nbs/16_reporting.ipynb #4392ebe1
 def limits_of_faces(runs: Sequence[CompleteRun]) -> list[str]:

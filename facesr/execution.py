@@ -168,13 +168,14 @@ def study_runs(
     *where: Path | None,  # faces, out and notebooks of `run_notebook`
 ) -> dict[str, tuple]:    # by label: the arguments of `run_notebook`
     "What has to be made: every variant with every seed. Raises ValueError where one cannot be, before any is made."
-    variants, usual = grid(preset, controls)
-    for variant in variants:
+    runs = {variant: seeds or usual for variant, usual in grid(preset, controls).items()}
+    for variant in runs:
         resolve(variant, preset, seed=seed)
     return {
         f"{variant} (seed {number})": (variant, preset, number, *where)
-        for number in range(seed, seed + (seeds or usual))
-        for variant in variants
+        for number in range(seed, seed + max(runs.values()))
+        for variant in runs
+        if number - seed < runs[variant]
     }
 
 # %% ../nbs/21_execution.ipynb #5ca9b3ea

@@ -602,7 +602,7 @@ class Question:
 QUESTIONS = (
     Question("Does the map help?", "the map", "heatmap", ("uniform",)),
     Question("Or only the absolute error?", "the absolute error without a map", "uniform", ("baseline",)),
-    Question("Or only where faces usually have eyes?", "the map of this very face", "heatmap", ("mean", "shuffled")),
+    Question("Or only where faces usually have eyes?", "the map of this very face", "heatmap", ("shuffled", "mean")),
 )
 PLACES = {"psnr": "the whole image", "psnr_eye_landmarks": "the eyes", "psnr_eye": "the eyes"}
 
@@ -1210,7 +1210,7 @@ def slice_table(
     faces = next(iter(sliced.values()))["faces"]
     return pd.DataFrame({"faces": faces} | {f"{v}, PSNR (dB)": table["mean"].round(2) for v, table in sliced.items()})
 
-# %% ../nbs/16_reporting.ipynb #cda2d4bd
+# %% ../nbs/16_reporting.ipynb #84f836e4
 THIRDS = ("darkest third", "middle third", "lightest third")
 BY_TONE = ("psnr", "lpips_alex", "skin_error")
 
@@ -1245,7 +1245,7 @@ def tone_table(
                 rows |= {(f"{variant}, {metric}", column): found[end] for column, end in ends.items()}
     return pd.Series(rows).unstack(sort=False)
 
-# %% ../nbs/16_reporting.ipynb #befd78c6
+# %% ../nbs/16_reporting.ipynb #b1296680
 def tone_cells(by_tone: pd.DataFrame) -> pd.DataFrame:  # cells of HTML
     "The table as it is shown: a mean, and its interval in small print."
     def cell(row, third):
@@ -1337,7 +1337,8 @@ def vgg_share(
 ) -> float:
     "The VGG error's share of the loss of a variant, in the last epoch."
     config = run.config
-    rows = history[(history["variant"] == run.variant) & (history["epoch"] == config["epochs"])]
+    rows = history[history["variant"] == run.variant]
+    rows = rows[rows["epoch"] == rows["epoch"].max()]
     last = rows.mean(numeric_only=True).fillna(0)  # baseline has no attention error
     progress = 1 - np.linspace(0, 1, 101) / config["epochs"]
     weight = config["attention_weight"] * np.mean([attention_ramp(at) for at in progress])

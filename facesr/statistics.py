@@ -372,8 +372,8 @@ def families(
 ) -> dict[str, list[tuple[str, str]]]:           # family -> pairs of variant and reference
     "The questions that these runs can answer: both variants are there, and share a seed."
     asked = {
-        "primary": [("heatmap", "uniform"), ("heatmap", "mean")],
-        "asked later": [("heatmap", "shuffled")],
+        "primary": [("heatmap", "uniform"), ("heatmap", "shuffled")],
+        "mean map": [("heatmap", "mean")],
         "against baseline": [(variant, "baseline") for variant in tables if variant != "baseline"],
         "others": [(variant, "uniform") for variant in ("edges", "shuffled", "mean")]
         + [(variant, "heatmap") for variant in ("multiscale", "deep")],

@@ -81,21 +81,21 @@ PUBLISHED_VARIANTS = {  # what else differs between the variants of the publishe
 }
 
 # %% ../nbs/12_study.ipynb #6f4e9b27
-GRIDS: dict[str, tuple[tuple[str, ...], int]] = {  # preset -> variants and controls, seeds
-    "celeba": ((*VARIANTS, "uniform"), 1),
-    "rules": (("baseline", "heatmap"), 3),
-    "paper": ((*VARIANTS, "uniform"), 1),
-    "seeds": (("baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"), 6),
+GRIDS: dict[str, dict[str, int]] = {  # preset -> variant or control -> seeds
+    "celeba": {"baseline": 3, "heatmap": 3, "uniform": 3, "shuffled": 3, "multiscale": 1, "deep": 1},
+    "rules": {"baseline": 3, "heatmap": 3},
+    "paper": dict.fromkeys([*VARIANTS, "uniform"], 1),
+    "seeds": dict.fromkeys(["baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"], 6),
 }
 
 
 def grid(
     preset: str,             # a name in PRESETS
     controls: bool = False,  # all of them too
-) -> tuple[list[str], int]:  # names in VARIANTS or CONTROLS, and with how many seeds each
+) -> dict[str, int]:        # a name in VARIANTS or CONTROLS -> seeds
     "The runs that `facesr study` makes under a preset."
-    variants, seeds = GRIDS.get(preset, (tuple(VARIANTS), 1))
-    return list(dict.fromkeys([*variants, *(CONTROLS if controls else ())])), seeds
+    runs = GRIDS.get(preset, dict.fromkeys(VARIANTS, 1))
+    return runs | {name: runs.get(name, max(runs.values())) for name in CONTROLS if controls}
 
 # %% ../nbs/12_study.ipynb #4ed0c356
 AttentionMap = Literal["heatmap", "uniform", "edges", "shuffled", "mean"]

@@ -7,23 +7,24 @@ __all__ = ['FACES_REMEDY', 'ORIGINS', 'MEASURED', 'GROUPS', 'QUESTIONS', 'PLACES
            'PANELS', 'CURVES', 'EYES', 'THIRDS', 'BY_TONE', 'STYLE', 'report_parameters', 'runs_folder', 'named',
            'by_variant', 'one_each', 'common', 'usable', 'run_remedy', 'looking', 'check_comparable', 'FoundFaces',
            'find_run_faces', 'faces_sentence', 'as_numbers', 'read_table', 'ReportFiles', 'kept_table', 'check_names',
-           'check_scores', 'with_numbers', 'read_per_image', 'read_tables', 'average_seeds', 'kept_record',
-           'measure_interpolation', 'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell',
-           'score_table', 'results_table', 'core_minutes', 'run_table', 'grid_table', 'summary_table',
-           'published_table', 'measure_table', 'gain_sentence', 'Question', 'in_places', 'answer_about',
-           'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair',
-           'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs',
-           'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table', 'legible',
-           'draw', 'show', 'reach', 'differences_figure', 'panels', 'seed_points', 'draw_panel', 'confound_figure',
-           'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure', 'picture_columns',
-           'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store', 'missing_heatmaps',
-           'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights', 'slice_table', 'skin_tones',
-           'tone_table', 'tone_cells', 'worst_served', 'limits_of_faces', 'limits_of_conditions', 'limits_of_seeds',
-           'vgg_share', 'limits_of_controls', 'limits_of_choices', 'limits', 'scrolling', 'scrolling_picture', 'page',
-           'describe_pictures', 'prepare_text', 'write_report']
+           'check_scores', 'with_numbers', 'read_per_image', 'read_tables', 'average_seeds', 'kept_record', 'measure',
+           'measured_of', 'measure_interpolation', 'measure_network', 'interpolation_folder', 'read_floors',
+           'read_interpolation', 'number', 'score_cell', 'score_table', 'results_table', 'core_minutes', 'run_table',
+           'grid_table', 'summary_table', 'published_table', 'measure_table', 'gain_sentence', 'Question', 'in_places',
+           'answer_about', 'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect',
+           'leading_pair', 'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box',
+           'about_runs', 'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table',
+           'legible', 'draw', 'show', 'reach', 'differences_figure', 'panels', 'seed_points', 'draw_panel',
+           'confound_figure', 'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure',
+           'picture_columns', 'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store',
+           'missing_heatmaps', 'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights',
+           'slice_table', 'skin_tones', 'tone_table', 'tone_cells', 'worst_served', 'limits_of_faces',
+           'limits_of_conditions', 'limits_of_seeds', 'vgg_share', 'limits_of_controls', 'limits_of_choices', 'limits',
+           'scrolling', 'scrolling_picture', 'page', 'describe_pictures', 'prepare_text', 'write_report']
 
 # %% ../nbs/16_reporting.ipynb #59fe1add
 import base64
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,9 @@ from .heatmaps import overlay_figure
 from .identity import FaceIdentity, skin_colour, typology_angle
 from .images import picture_rows
 from .losses import attention_maps, attention_ramp, attention_weights
-from .metrics import evaluate, Evaluator, Grid, inside, Metric, METRICS, part_boxes, predict, SCORED_PARTS
+from .metrics import evaluate, Evaluator, Grid, GRID_PERIODS, inside, Metric, METRICS, part_boxes, predict
+from .metrics import SCORED_PARTS
+from .model import load_model
 from .runs import as_published, clone, CompleteRun, default_out, differences, read_shown, Shown, trained_with
 from .runs import webp, write_atomically, write_json
 from .statistics import chance, COMPARED, direction, ends, interval_of, interval_words, is_shown, p_words
@@ -66,14 +69,15 @@ from .study import as_folder, Config, CONTROLS, needs_heatmaps, PRESETS, PUBLISH
 # %% ../nbs/16_reporting.ipynb #16fad47f
 def report_parameters(
     given: Mapping[str, object],     # the parameters of report.ipynb
-) -> tuple[str, Path, Path | None]:  # preset, out, data (None: FACESR_CELEBA, else the bundled faces)
+) -> tuple[str, Path, Path | None, Path | None]:  # preset, out, data (None: as `find_data`), weights (None: none)
     "Raises ValueError, in one sentence, for what is not allowed."
-    if unknown := set(given) - {"preset", "data", "out"}:
-        raise ValueError(f"there is no parameter {min(unknown)!r}; allowed are preset, data, out")
+    if unknown := set(given) - {"preset", "data", "out", "weights"}:
+        raise ValueError(f"there is no parameter {min(unknown)!r}; allowed are preset, data, out, weights")
     if (preset := given["preset"]) not in list(PRESETS):
         raise ValueError(f"preset is {preset!r}; allowed are {', '.join(PRESETS)}")
-    out, data = (None if given[name] == "" else as_folder(name, given[name]) for name in ("out", "data"))
-    return preset, out or default_out(), data
+    paths = {name: given.get(name, "") for name in ("out", "data", "weights")}
+    out, data, weights = (None if value == "" else as_folder(name, value) for name, value in paths.items())
+    return preset, out or default_out(), data, weights
 
 # %% ../nbs/16_reporting.ipynb #rep00002
 def runs_folder(
@@ -385,6 +389,32 @@ def kept_record(
         return record
 
 # %% ../nbs/16_reporting.ipynb #defbd4b7
+def measure(
+    stamp: Path,                         # a .json, beside which the table goes
+    model: Callable[[Tensor], Tensor],   # inputs to outputs
+    found: FoundFaces,
+    kernel: str,                         # the degradation that made the inputs
+    made_of: dict[str, Any],             # what it is recorded as made of
+) -> None:
+    "Keep the per-image table of what is no run, and its summary."
+    evaluator = Evaluator(lpips=("alex",), kernel=kernel)
+    batches, count = predict(model, found.test, batch_size=10), len(found.test.names)
+    table = evaluate(tqdm(batches, f"measuring {stamp.stem}", -(-count // 10), leave=False), evaluator)
+    table.insert(1, "person", found.people)
+    target = Grid()
+    for some in found.test.levels[HR_SIZE].split(10):
+        target.add(some)
+    grids = {"grid": evaluator.grid(), "grid of targets": target()}
+    write_atomically(stamp.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6g"))
+    write_json(stamp, {"made of": made_of, "test": summarise(table)} | grids)
+
+
+def measured_of(found: FoundFaces) -> dict[str, Any]:
+    "The faces and measures that a kept table has to be of."
+    known = {"detector": bundled_detector().fingerprint, "people": found.people is not None}
+    return {"faces": found.test.fingerprint, "metrics": MEASURED, "grid": list(GRID_PERIODS)} | known
+
+
 def measure_interpolation(
     folder: Path,  # results/<preset>
     method: str,   # a name in INTERPOLATIONS
@@ -394,21 +424,24 @@ def measure_interpolation(
 ) -> None:
     "Keep the per-image table of an interpolation, unless a kept one is of these faces and metrics."
     stamps = [place / "interpolation" / f"{method}.json" for place in (folder, *kept)]
-    detector, known = bundled_detector().fingerprint, found.people is not None
-    made_of = {"faces": found.test.fingerprint, "metrics": MEASURED, "detector": detector, "people": known}
+    made_of = measured_of(found)
     there = [stamp for stamp in stamps if stamp.is_file() and stamp.with_suffix(".csv").is_file()]
-    if any(kept_record(stamp)["made of"] == made_of for stamp in there):
-        return
-    evaluator = Evaluator(lpips=("alex",), kernel=kernel)
-    batches, count = predict(lambda lr: interpolate(lr, method), found.test, batch_size=10), len(found.test.names)
-    table = evaluate(tqdm(batches, f"measuring {method}", -(-count // 10), leave=False), evaluator)
-    table.insert(1, "person", found.people)
-    write_atomically(stamps[0].with_suffix(".csv"), table.to_csv(index=False, float_format="%.6g"))
-    target = Grid()
-    for some in found.test.levels[HR_SIZE].split(10):
-        target.add(some)
-    grids = {"grid": evaluator.grid(), "grid of targets": target()}
-    write_json(stamps[0], {"made of": made_of, "test": summarise(table)} | grids)
+    if not any(kept_record(stamp)["made of"] == made_of for stamp in there):
+        measure(stamps[0], lambda lr: interpolate(lr, method), found, kernel, made_of)
+
+
+def measure_network(
+    folder: Path,   # results/<preset>
+    weights: Path,  # a file of weights of this study, or a published checkpoint
+    found: FoundFaces,
+    kernel: str,    # the degradation that made the inputs
+) -> dict[str, dict]:  # metric -> mean, low, high ...
+    "What a network that is no run here reaches on the same faces, measured once. Raises ValueError, as `load_model`."
+    model, stamp = load_model(weights), folder / "networks" / f"{weights.stem}.json"
+    made_of = measured_of(found) | {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    if not stamp.is_file() or kept_record(stamp)["made of"] != made_of:
+        measure(stamp, model, found, kernel, made_of)
+    return kept_record(stamp)["test"]
 
 # %% ../nbs/16_reporting.ipynb #rep00006
 def interpolation_folder(
@@ -1210,7 +1243,7 @@ def slice_table(
     faces = next(iter(sliced.values()))["faces"]
     return pd.DataFrame({"faces": faces} | {f"{v}, PSNR (dB)": table["mean"].round(2) for v, table in sliced.items()})
 
-# %% ../nbs/16_reporting.ipynb #84f836e4
+# %% ../nbs/16_reporting.ipynb #4047c509
 THIRDS = ("darkest third", "middle third", "lightest third")
 BY_TONE = ("psnr", "lpips_alex", "skin_error")
 
@@ -1245,7 +1278,7 @@ def tone_table(
                 rows |= {(f"{variant}, {metric}", column): found[end] for column, end in ends.items()}
     return pd.Series(rows).unstack(sort=False)
 
-# %% ../nbs/16_reporting.ipynb #b1296680
+# %% ../nbs/16_reporting.ipynb #69aa8bd1
 def tone_cells(by_tone: pd.DataFrame) -> pd.DataFrame:  # cells of HTML
     "The table as it is shown: a mean, and its interval in small print."
     def cell(row, third):

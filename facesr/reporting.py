@@ -922,7 +922,7 @@ def show(
     if figure is None and (earlier := files.earlier(file)) is None:
         display(Markdown(missing))
         return
-    picture = draw(figure) if figure else Image.open(earlier)
+    picture = draw(figure) if figure else Image.open(earlier, formats=("WEBP",))
     files.made[file] = webp(picture, 90) if figure else earlier.read_bytes()
     display(picture, Markdown(f"*{caption}*"))
 
@@ -1243,7 +1243,7 @@ def slice_table(
     faces = next(iter(sliced.values()))["faces"]
     return pd.DataFrame({"faces": faces} | {f"{v}, PSNR (dB)": table["mean"].round(2) for v, table in sliced.items()})
 
-# %% ../nbs/16_reporting.ipynb #4047c509
+# %% ../nbs/16_reporting.ipynb #a9dda520
 THIRDS = ("darkest third", "middle third", "lightest third")
 BY_TONE = ("psnr", "lpips_alex", "skin_error")
 
@@ -1278,7 +1278,7 @@ def tone_table(
                 rows |= {(f"{variant}, {metric}", column): found[end] for column, end in ends.items()}
     return pd.Series(rows).unstack(sort=False)
 
-# %% ../nbs/16_reporting.ipynb #69aa8bd1
+# %% ../nbs/16_reporting.ipynb #a089629d
 def tone_cells(by_tone: pd.DataFrame) -> pd.DataFrame:  # cells of HTML
     "The table as it is shown: a mean, and its interval in small print."
     def cell(row, third):

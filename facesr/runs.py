@@ -588,7 +588,10 @@ def read_shown(
     path = folder / "shown.webp"
     try:
         columns = [[_numbers(face, "bicubic_psnr")[name] for face in about] for name in ("name", "why", "bicubic_psnr")]
-        sheet = torch.from_numpy(np.array(Image.open(path, formats=("WEBP",)).convert("RGB"))).permute(2, 0, 1)
+        picture = Image.open(path, formats=("WEBP",))
+        if picture.size != (size := (len(about) * HR_SIZE, 3 * HR_SIZE)):  # before a pixel is read
+            raise ValueError(f"it has {picture.width}x{picture.height} pixels, not {size[0]}x{size[1]}")
+        sheet = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
         rows = [torch.stack(row.split(HR_SIZE, -1)) for row in sheet.split(HR_SIZE, -2)]
         enlarged, sr, hr = (row.view(len(about), 3, HR_SIZE, HR_SIZE) for row in rows)
     except Exception as error:  # a damaged picture can fail anywhere

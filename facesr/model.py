@@ -164,19 +164,24 @@ def standard(
 
 # %% ../nbs/06_model.ipynb #0e889506
 class Binomial(nn.Module):
-    "Each channel filtered with [1, 2, 1] in both directions, the border pixels repeated: nothing is left at 2 pixels."
+    "Each channel filtered with [1, 2, 1] in both directions, at the border over the pixels that are there."
 
-    def __init__(self):
+    def __init__(
+        self,
+        size: int = HR_SIZE,  # pixels a side of the images
+    ):
         super().__init__()
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
+        line, rim = torch.tensor([1.0, 2.0, 1.0]) / 4, torch.ones(size)
+        rim[[0, -1]] = 4 / 3  # a quarter of the weights lies outside
         self.register_buffer("kernel", torch.outer(line, line).expand(3, 1, 3, 3).clone(), persistent=False)
+        self.register_buffer("border", torch.outer(rim, rim), persistent=False)
 
     def forward(
         self,
-        x: Tensor,  # [B, 3, H, W]
+        x: Tensor,  # [B, 3, size, size]
     ) -> Tensor:    # same shape
-        kernel = self.kernel.to(x.dtype)
-        return functional.conv2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+        filtered = functional.conv2d(x, self.kernel.to(x.dtype), padding=1, groups=3)
+        return filtered * self.border.to(x.dtype)
 
 # %% ../nbs/06_model.ipynb #4594d1e2
 CONVS = {

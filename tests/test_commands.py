@@ -109,6 +109,16 @@ def test_the_command_starts_where_its_imports_are_guarded():
     assert "console_scripts = facesr=facesr:main\n" in (ROOT / "settings.ini").read_text()
 
 
+def test_threads_that_wait_leave_the_processor_to_others():
+    "The command says so before PyTorch starts; the library leaves the environment alone, and a user's word counts."
+    spin = "import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    cli = f"import sys; cli = type(sys)('cli'); cli.main = lambda: exec({spin!r}); sys.modules['facesr.cli'] = cli"
+    asked = f"{cli}; {START}"
+    assert python(asked).stdout == "1000 False\n"
+    assert python(asked, env={"GOMP_SPINCOUNT": "7"}).stdout == "7 False\n"
+    assert python(f"import facesr.model; {spin}").stdout == "None True\n"
+
+
 def test_what_cannot_be_printed_is_no_success():
     done = "import sys; from facesr import cli, main; cli.app = lambda: (print('done'), sys.exit(0)); main()"
     with open("/dev/full", "w") as full:

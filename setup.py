@@ -10,7 +10,8 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {extra: shlex.split(settings[f"{extra}_requirements"]) for extra in ("cluster", "onnx", "identity")}
+EXTRAS = ("cluster", "onnx", "identity", "photographs")
+extras = {extra: shlex.split(settings[f"{extra}_requirements"]) for extra in EXTRAS}
 extras["dev"] = shlex.split(settings["dev_requirements"]) + sum(extras.values(), [])
 
 setup(

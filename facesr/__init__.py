@@ -22,9 +22,13 @@ def main() -> None:
 
 
 def __getattr__(name: str):
-    "Upscaler, imported when it is asked for: `import facesr` alone costs nothing."
+    "Upscaler and Photograph, imported when they are asked for: `import facesr` alone costs nothing."
     if name == "Upscaler":
         from facesr.upscale import Upscaler
 
         return Upscaler
+    if name == "Photograph":
+        from facesr.photograph import Photograph
+
+        return Photograph
     raise AttributeError(f"module 'facesr' has no attribute {name!r}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Preparation', 'PREPARATIONS', 'Taken', 'Small', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'SHEET_FACES', 'Existing', 'EXISTING',
-           'Face', 'Preparer', 'pretrained', 'Upscaler', 'planned_outputs', 'side_by_side', 'Outcome', 'upscale_files',
+           'Face', 'opened', 'Preparer', 'naming', 'pretrained', 'Upscaler', 'planned_outputs', 'check_places',
+           'encoded', 'side_by_side', 'check_options', 'already_there', 'not_written', 'Outcome', 'upscale_files',
            'export_onnx']
 
 # %% ../nbs/18_upscale.ipynb #2522509f
@@ -24,6 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -64,7 +66,7 @@ def _cropped(
     return Face(hr_face(image), min(image.size), 1)
 
 # %% ../nbs/18_upscale.ipynb #c2e9db56
-def _opened(image: Image.Image | str | Path) -> Image.Image:
+def opened(image: Image.Image | str | Path) -> Image.Image:
     return upright_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
 
 
@@ -92,7 +94,7 @@ class Preparer:
         "The small image. Raises ValueError that says what was found and what is allowed."
         if prepare is not None:
             return degrade(self.face(image, prepare).target)
-        image = _opened(image)
+        image = opened(image)
         if image.size != (LR_SIZE, LR_SIZE):
             raise ValueError(
                 f"it is {image.width}x{image.height}, and has to be {LR_SIZE}x{LR_SIZE}; choose a preparation: "
@@ -107,7 +109,7 @@ class Preparer:
     ) -> Face:
         "What the small image is made of. Raises ValueError that says what was found and what is allowed."
         self.ready(prepare)
-        image = _opened(image)
+        image = opened(image)
         if prepare == "face-crop":
             return _cropped(image)
         fits = self.finder.found(image)
@@ -119,7 +121,7 @@ Small = Callable[[Image.Image | str | Path], Image.Image]  # makes 16x16 of an i
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
     "A ValueError says which image it is about."
     try:
         yield
@@ -134,7 +136,7 @@ def _small_batch(
 ) -> Tensor:             # [N, 3, 16, 16] float in [-1, 1]
     taken = []
     for i, image in enumerate(images, start=first):
-        with _named(f"image {i}"):
+        with naming(f"image {i}"):
             taken.append(image_tensor(small(Image.fromarray(np.ascontiguousarray(image)))))
     return to_float(torch.cat(taken)) if taken else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
 
@@ -195,7 +197,7 @@ def _taken_one(images: Any, small: Small, prepare: str | None, first: int = 0) -
             f"images is a {type(images).__name__}; "
             "it has to be a PIL image, an array, a tensor, a path, or a list of these"
         )
-    with nullcontext() if isinstance(images, Image.Image) else _named(str(images)):
+    with nullcontext() if isinstance(images, Image.Image) else naming(str(images)):
         lr = to_float(image_tensor(small(images)))
     return lr, lambda sr: _picture(to_uint8(sr[0]))
 
@@ -203,7 +205,7 @@ def _taken_one(images: Any, small: Small, prepare: str | None, first: int = 0) -
 def _taken_list(items: list | tuple, small: Small, prepare: str | None, first: int) -> Taken:
     taken = []
     for i, item in enumerate(items, start=first):
-        with _named(f"image {i}"):
+        with naming(f"image {i}"):
             taken.append(_taken_one(item, small, prepare))
     lengths = [len(lr) for lr, _ in taken]
     lr = torch.cat([lr for lr, _ in taken]) if taken else torch.zeros(0, 3, LR_SIZE, LR_SIZE)
@@ -357,7 +359,7 @@ def planned_outputs(
     return {path: out / path.relative_to(source).with_name(names[path]) for path in found}, others
 
 # %% ../nbs/18_upscale.ipynb #e8d6c5d1
-def _check_places(inputs: Iterable[Path], written: list[Path]) -> None:
+def check_places(inputs: Iterable[Path], written: list[Path]) -> None:
     "Raises ValueError where an input would be overwritten, or what is written by something else that is."
     places = Counter(map(os.path.realpath, written))
     if clash := places.keys() & set(map(os.path.realpath, inputs)):
@@ -387,13 +389,27 @@ def _planned_targets(
     return {path: (targets / name).with_suffix(".png") for path, name in names.items()}
 
 # %% ../nbs/18_upscale.ipynb #a47d3b59
-def _encoded(image: Image.Image, path: Path) -> bytes:
+_DESCRIBED = 0x010E  # ImageDescription, the number of the entry in EXIF data
+
+
+def encoded(
+    image: Image.Image,
+    path: Path,         # its suffix counts
+    about: str = "",    # words that go with the picture, except in BMP
+) -> bytes:
     "The content of a file with that suffix."
     formats = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-    image.save(buffer := BytesIO(), formats.get(path.suffix.lower(), "PNG"), quality=95)
+    words, exif = PngInfo(), Image.Exif()
+    if about:
+        words.add_text("Description", about)
+        exif[_DESCRIBED] = about
+    exif = exif.tobytes() if about else b""
+    level = 6 if image.width * image.height < 4_000_000 else 1  # of PNG: large pictures four times as fast
+    kind = formats.get(path.suffix.lower(), "PNG")
+    image.save(buffer := BytesIO(), kind, quality=95, pnginfo=words, exif=exif, compress_level=level)
     return buffer.getvalue()
 
-
+# %% ../nbs/18_upscale.ipynb #e29fa0fa
 def side_by_side(
     rows: list[tuple[Tensor, Image.Image]],  # inputs [1, 3, 16, 16] uint8 and outputs 128x128
 ) -> Image.Image:
@@ -463,7 +479,7 @@ Existing = Literal["stop", "skip", "overwrite"]
 EXISTING = get_args(Existing)
 
 
-def _check_options(prepare: str | None, existing: str, sheet: Path | None, targets: Path | None = None) -> None:
+def check_options(prepare: str | None, existing: str, sheet: Path | None, targets: Path | None = None) -> None:
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}; allowed are {', '.join(EXISTING)}")
     _check_prepare(prepare)
@@ -473,7 +489,7 @@ def _check_options(prepare: str | None, existing: str, sheet: Path | None, targe
         raise ValueError(f"images of {LR_SIZE}x{LR_SIZE} have no targets; for others choose a preparation")
 
 
-def _already_there(places: list[Path], existing: str, sheet: Path | None) -> set[Path]:
+def already_there(places: list[Path], existing: str, sheet: Path | None) -> set[Path]:
     "The outputs and targets that exist. Raises FileExistsError where they, or the sheet, have to stop everything."
     there = {path for path in places if os.path.exists(path)}  # no error for a name that is too long
     if existing == "stop" and (there or (sheet and os.path.exists(sheet))):
@@ -492,7 +508,7 @@ _OF_ONE_PLACE = {
 }
 
 
-def _not_written(output: Path, content: bytes) -> str | None:
+def not_written(output: Path, content: bytes) -> str | None:
     "Write an output. Returns why that cannot be where it is the trouble of this place alone; otherwise raises OSError."
     try:
         if os.path.lexists(os.path.realpath(output)) and not os.path.isfile(output):  # a folder, pipe, device, loop
@@ -530,19 +546,19 @@ def upscale_files(
 
     Raises OSError also where writing fails; what was written by then is whole."""
     sheet, targets = Path(sheet) if sheet else None, Path(targets) if targets else None
-    _check_options(prepare, existing, sheet, targets)
+    check_options(prepare, existing, sheet, targets)
     outputs, others = planned_outputs(source, out)
     aims = _planned_targets(outputs, Path(source), Path(out), targets) if targets else {}
-    _check_places(outputs, [*outputs.values(), *aims.values(), *([sheet] if sheet else [])])
+    check_places(outputs, [*outputs.values(), *aims.values(), *([sheet] if sheet else [])])
     upscaler.small.ready(prepare)
-    there = _already_there([*outputs.values(), *aims.values()], existing, sheet)
+    there = already_there([*outputs.values(), *aims.values()], existing, sheet)
     kept = {path for path in there if path.is_file()} if existing == "skip" else set()
     outcome = Outcome(kept=sorted(kept.intersection(outputs.values())), others=others)
     todo = [path for path, output in outputs.items() if not {output, aims.get(path, output)} <= kept]
     for path, image, target in _upscaled(upscaler, todo, prepare, outcome.failed, progress, bool(targets)):
         places = zip((aims.get(path), outputs[path]), (target, image))
         missing = {place: picture for place, picture in places if place and place not in kept}
-        troubles = (_not_written(place, _encoded(picture, place)) for place, picture in missing.items())
+        troubles = (not_written(place, encoded(picture, place)) for place, picture in missing.items())
         if reason := next(filter(None, troubles), None):
             outcome.failed[path] = reason
         elif outputs[path] in missing:
@@ -550,7 +566,7 @@ def upscale_files(
     if sheet and not (existing == "skip" and os.path.exists(sheet)):
         made = {path: output for path, output in outputs.items() if path not in outcome.failed}
         if picture := _sheet(upscaler, made, prepare):
-            write_atomically(sheet, _encoded(picture, sheet))
+            write_atomically(sheet, encoded(picture, sheet))
     return outcome
 
 # %% ../nbs/18_upscale.ipynb #2c8ee46f

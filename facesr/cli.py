@@ -9,14 +9,15 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'StoreArgument',
            'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption', 'PublishedOut',
            'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption', 'DeviceOption',
-           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'MadeArgument', 'TargetsArgument',
-           'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption',
-           'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument', 'OnnxOption', 'say_version', 'facesr',
-           'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders',
-           'aligned', 'runs_command', 'print_store', 'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import',
-           'heatmaps_export', 'outcome_line', 'upscale_command', 'known_people', 'people_of', 'number', 'summary_lines',
-           'evaluate_command', 'convert_command', 'export_onnx_command', 'flush_output', 'run_app', 'knows_home',
-           'some_home', 'plain_warnings', 'main']
+           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption', 'ReportOption',
+           'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
+           'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument',
+           'OnnxOption', 'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings',
+           'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'heatmaps_make',
+           'file_format', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'say_outcome',
+           'upscale_command', 'faces_line', 'photograph_command', 'known_people', 'people_of', 'number',
+           'summary_lines', 'evaluate_command', 'convert_command', 'export_onnx_command', 'flush_output', 'run_app',
+           'knows_home', 'some_home', 'plain_warnings', 'main']
 
 # %% ../nbs/22_cli.ipynb #e17a8751
 import os
@@ -43,6 +44,7 @@ from .execution import run_in_a_row, run_on_cluster, run_report
 from .faces import SPLITS, duration, find_faces, read_people
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, read_parts
 from .model import load_model, model_bytes, parameter_count
+from .photograph import NOT_EVIDENCE, Photograph, photograph_files, SCALES
 from .runs import default_out, in_use, read_progress, run_state, write_atomically
 from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
 from .store import export_published, import_published, read_names
@@ -485,7 +487,7 @@ PrepareOption = Annotated[
 ExistingOption = Annotated[
     Existing,
     typer.Option(
-        help="Outputs that are there already, the sheet among them:"
+        help="Outputs that are there already, sheet and report among them:"
         " stop (before anything is done), skip or overwrite."
     ),
 ]
@@ -501,6 +503,22 @@ def outcome_line(
     done = ", ".join(f"{len(files):,} {what}" for what, files in counts.items() if files)
     others = ", ".join(f"{count:,} {kind}" for kind, count in outcome.others.most_common())
     return done + (f"; {others} left alone" if others else "")
+
+# %% ../nbs/22_cli.ipynb #46555d97
+def say_outcome(
+    source: Path,      # what was asked for
+    out: Path,
+    outcome: Outcome,  # what became of it
+    more: str = "",    # to be said after the counts
+) -> None:
+    "Print what became of files. Raises ValueError for a single one that failed, and typer.Exit for some."
+    if source.is_file() and outcome.failed:
+        raise ValueError(f"{source}: {outcome.failed[source]}")
+    for path, reason in outcome.failed.items():
+        print(f"{path}: {reason}", file=sys.stderr)
+    print(f"{out}: {outcome_line(outcome)}{more}")
+    if outcome.failed:
+        raise typer.Exit(3 if outcome.written or outcome.kept else 1)
 
 # %% ../nbs/22_cli.ipynb #200f4311
 @app.command(
@@ -521,13 +539,46 @@ def upscale_command(
 ):
     upscaler = Upscaler.from_pretrained(weights, device, batch_size)
     outcome = upscale_files(upscaler, source, out, prepare, existing, sheet, progress=True, targets=targets)
-    if source.is_file() and outcome.failed:
-        raise ValueError(f"{source}: {outcome.failed[source]}")
-    for path, reason in outcome.failed.items():
-        print(f"{path}: {reason}", file=sys.stderr)
-    print(f"{out}: {outcome_line(outcome)}")
-    if outcome.failed:
-        raise typer.Exit(3 if outcome.written or outcome.kept else 1)
+    say_outcome(source, out, outcome)
+
+# %% ../nbs/22_cli.ipynb #074856a6
+ScaleOption = Annotated[
+    str, typer.Option(parser=one_of(tuple(map(str, SCALES))), help=f"How often as wide: {', '.join(map(str, SCALES))}.")
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(parser=path, help="Also a JSON file: every face, its box and size, what was done and why not."),
+]
+
+
+def faces_line(
+    records: list[dict],  # of `photograph_files`
+) -> str:
+    "For example: ; 17 faces drawn, 4 left alone"
+    counts = Counter(face["done"] for each in records for face in each.get("faces", []))
+    drawn = counts["drawn"]
+    return f"; {drawn:,} face{'s' * (drawn != 1)} drawn, {counts['left alone']:,} left alone"
+
+# %% ../nbs/22_cli.ipynb #8fcc0169
+@app.command(
+    "photograph",
+    help=f"Enlarge photographs and draw their small faces again (needs the extra 'photographs'). {NOT_EVIDENCE}"
+    " Do not use it to identify anyone."
+    " Exit codes: 0 every image has its output, 3 some could not be done and are named, 1 failed, 2 wrong usage.",
+)
+def photograph_command(
+    source: SourceArgument,
+    out: OutputsArgument,
+    scale: ScaleOption = "4",
+    existing: ExistingOption = "stop",
+    sheet: SheetOption = None,
+    report: ReportOption = None,
+    weights: WeightsOption = DEFAULT_WEIGHTS,
+    device: DeviceOption = "cpu",
+):
+    photograph = Photograph(Upscaler.from_pretrained(weights, device))
+    outcome, records = photograph_files(photograph, source, out, int(scale), existing, sheet, report, progress=True)
+    say_outcome(source, out, outcome, faces_line(records))
 
 # %% ../nbs/22_cli.ipynb #a5454cff
 MadeArgument = Annotated[
@@ -763,7 +814,7 @@ def main() -> None:
             raise
         print(
             "interrupted; what is finished stays, and the same command goes on from there"
-            " (facesr upscale with --existing skip)",
+            " (facesr upscale and photograph with --existing skip)",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

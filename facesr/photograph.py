@@ -9,6 +9,7 @@ __all__ = ['SMALLEST', 'LARGEST', 'STEEPEST', 'SIDEWAYS', 'SQUARE', 'SOFT', 'AGR
 
 # %% ../nbs/20_photograph.ipynb #09a29c8d
 import json
+import os
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -344,6 +345,6 @@ def photograph_files(
         records.append({"input": str(path), **record})
         if report:
             write_atomically(report, _report(records, scale))
-    if rows:
+    if rows and not (existing == "skip" and os.path.exists(sheet)):
         write_atomically(sheet, encoded(side_by_side(rows), sheet, NOT_EVIDENCE))
     return outcome, records

@@ -11,7 +11,8 @@ files, so that no saved output is older than the code that made it. It holds SHA
 - `library`: of the modules of facesr that the notebook imports, also through other modules, or inside functions.
 - `asset`, in place of `library`: of the files that a make_ notebook has made and that the package ships. Such a
   notebook is the account of how its asset came about: it is run only when it is named, not when the library changes.
-- `results`, in place of `library`: of the records of the search, which its notebook reads instead of searching again.
+- `results`, in place of `library`: of the tables of a search or measurement, which its notebook reads instead of making
+  them again.
 
 Results that report.ipynb and index.ipynb read are not part of a record: tests/test_readme.py looks after those.
 """
@@ -39,6 +40,7 @@ MADE = {
     "make_detector": ("asset", PACKAGE / "assets" / "detector", ("parts.safetensors",)),
     "make_weights": ("asset", PACKAGE / "assets" / "weights", ("*.safetensors",)),
     "search": ("results", ROOT / "results", ("search*.csv", "search/*")),
+    "photograph_benchmark": ("results", ROOT / "results", ("photographs/*.csv",)),
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NEW_FOLDER = object()  # a temporary one

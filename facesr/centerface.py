@@ -157,7 +157,7 @@ def crookedness(face: FoundFace) -> float:
     return float(astray.max() / abs(LANDMARKS[1] - LANDMARKS[0]))
 
 # %% ../nbs/19_centerface.ipynb #1e94fa79
-TILE, OVERLAP = 1024, 160  # pixels, after enlarging
+TILE, OVERLAP = 1024, 112  # pixels, after enlarging
 LARGE = 4_000_000          # pixels of a photograph that is enlarged less
 
 

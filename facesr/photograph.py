@@ -331,7 +331,8 @@ def photograph_files(
     kept = {path for path in there if path.is_file()} if existing == "skip" else set()
     earlier = _earlier(report) if existing == "skip" else {}
     outcome = Outcome(kept=sorted(kept.intersection(outputs.values())), others=others)
-    records = [earlier[str(path)] for path, output in outputs.items() if output in kept and str(path) in earlier]
+    unknown = lambda path: {"input": str(path), "output": str(outputs[path])}  # kept, and no report says more
+    records = [earlier.get(str(path), unknown(path)) for path, output in outputs.items() if output in kept]
     todo, rows = [path for path, output in outputs.items() if output not in kept], []
     alone = len(todo) == 1
     for path in tqdm(todo, desc="photograph", unit="picture", disable=None if progress and not alone else True):

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -103,7 +104,7 @@ def make_and_kill(folder):
     known = {
         "read_faces": lambda *a: faces,
         "evaluate": lambda *a: table.drop(columns="person"),
-        "Evaluator": lambda *a, **b: None,
+        "Evaluator": lambda *a, **b: SimpleNamespace(grid=lambda: metrics["grid"]),
         "shown_outputs": lambda *a: shown,
         "shown_record": lambda *a: metrics["shown"],
         "summarise": lambda *a: metrics["test"],
@@ -230,7 +231,7 @@ def test_parameters_of_the_notebook_are_what_is_meant():
         ("data", 1.5, "it has to be the name of a folder"),
         ("variant", ["deep"], "variant is ['deep']; input should be a valid string"),
         ("variant", "depe", "variant is 'depe'; allowed are"),
-        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, paper"),
+        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, rules, paper"),
         ("width", 30, "width is 30"),
         ("seed", 2**63, "seed is 9223372036854775808; input should be less than 9223372036854775808"),
         ("seed", [0], "seed is [0]; input should be a valid integer"),

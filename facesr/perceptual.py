@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import pickle
+import pickletools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,12 +66,16 @@ class UntrustedWeights(ValueError):
     "The file is not one of `WEIGHTS_FILES`, byte for byte, or asks for more than arrays."
 
 # %% ../nbs/07_perceptual.ipynb #a41a3450
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own, wherever this version of numpy keeps it
+def _empty(*_) -> np.ndarray:
+    "What numpy's `_reconstruct` makes before the shape is known, whatever shape the pickle asks for."
+    return np.empty(0, np.int8)
+
+
 _ADMITTED = {
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): "ndarray",  # an argument of `_reconstruct`; to call it would take memory without a limit
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,   # numpy 1
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # numpy 2
+    ("numpy.core.multiarray", "_reconstruct"): _empty,   # numpy 1
+    ("numpy._core.multiarray", "_reconstruct"): _empty,  # numpy 2
 }
 
 
@@ -85,11 +90,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ADMITTED[module, name]
 
 # %% ../nbs/07_perceptual.ipynb #35b242cb
+def _check_places(content: bytes) -> None:
+    "Refuse a number of a stored object that no pickler gives: the table of these objects would fill the memory."
+    for step, (opcode, place, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and place > step:
+            raise ValueError(f"object {place:,} is stored at step {step:,}")
+
+
 def unpickle_arrays(
     content: bytes,  # a pickle of nested dictionaries of numpy arrays
 ) -> dict:           # the same dictionaries
     "Read a pickle that may hold arrays only. Raises UntrustedWeights for anything else, before it is run."
     try:
+        _check_places(content)
         return _ArrayUnpickler(io.BytesIO(content)).load()
     except UntrustedWeights:
         raise

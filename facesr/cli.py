@@ -6,16 +6,16 @@
 __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'DataOption', 'OutOption', 'SeedsOption',
            'ControlsOption', 'WorkersOption', 'SchedulerOption', 'NotebooksOption', 'STUDIED', 'VariantArgument',
            'SetOption', 'STATES', 'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption',
-           'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'StoreArgument',
-           'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption', 'PublishedOut',
-           'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption', 'DeviceOption',
+           'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'DeviceOption',
+           'StoreArgument', 'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption',
+           'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption',
            'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption', 'ReportOption',
            'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
            'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument',
            'OnnxOption', 'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings',
-           'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'heatmaps_make',
-           'file_format', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'say_outcome',
-           'upscale_command', 'faces_line', 'photograph_command', 'known_people', 'people_of', 'number',
+           'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'chosen_device',
+           'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line',
+           'say_outcome', 'upscale_command', 'faces_line', 'photograph_command', 'known_people', 'people_of', 'number',
            'summary_lines', 'evaluate_command', 'convert_command', 'export_onnx_command', 'flush_output', 'run_app',
            'knows_home', 'some_home', 'plain_warnings', 'main']
 
@@ -33,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import pandas as pd
+import torch
 import typer
 from matplotlib.figure import Figure
 
@@ -50,7 +51,7 @@ from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store
 from .store import export_published, import_published, read_names
 from .study import CONTROLS, PRESETS, VARIANTS, resolve
 from .upscale import DEFAULT_WEIGHTS, Existing, Preparation, Upscaler, export_onnx, pretrained
-from .upscale import SHEET_FACES, Outcome, upscale_files
+from .upscale import SHEET_FACES, Outcome, upscale_files, usable
 
 # %% ../nbs/22_cli.ipynb #ec13e675
 PLAUSIBLE = "The output is a plausible face, not evidence of who someone is: sixteen pixels fit many people."
@@ -331,6 +332,24 @@ def print_store(store: HeatmapStore) -> None:
     else:
         print("imported: which detections they were made from is not known, and neither are the images")
 
+# %% ../nbs/22_cli.ipynb #de71ce01
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute, as PyTorch names it: cpu, cuda, mps. Default: a GPU where there is one, else the CPU."
+    ),
+]
+
+
+def chosen_device(
+    asked: str | None,  # as PyTorch names it
+) -> str:
+    "The device that is asked for; where none is, a GPU if there is one, which is said. Raises ValueError for no device."
+    if asked is None and torch.cuda.is_available():
+        print(f"computing on {torch.cuda.get_device_name()}")
+        return "cuda"
+    return str(usable(asked or "cpu"))
+
 # %% ../nbs/22_cli.ipynb #330e73e9
 @heatmaps_app.command("make")
 def heatmaps_make(
@@ -345,6 +364,7 @@ def heatmaps_make(
     use_confidence: UseConfidenceOption = False,
     recipe: RecipeOption = "ours",
     skip_unreadable: SkipOption = False,
+    device: DeviceOption = None,
 ):
     "Make the heatmaps that are missing. Interrupt at will: the same command goes on."
     faces = find_faces(data)
@@ -359,7 +379,7 @@ def heatmaps_make(
         )
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
-    network = find_detector(detector, list(table), **chosen)
+    network = find_detector(detector, list(table), chosen_device(device), **chosen)
     drawn, place = Recipe(table, use_confidence, recipe == "published"), out or store_path(default_out(), faces)
     print_store(make_heatmaps(place, faces.images, names, network, drawn, skip_unreadable=skip_unreadable))
 
@@ -474,7 +494,6 @@ FacesOption = Annotated[
     ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Faces at a time.")]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute, as PyTorch names it: cpu, cuda, mps.")]
 
 # %% ../nbs/22_cli.ipynb #04d212dd
 PrepareOption = Annotated[
@@ -535,9 +554,9 @@ def upscale_command(
     targets: FacesOption = None,
     weights: WeightsOption = DEFAULT_WEIGHTS,
     batch_size: BatchOption = 16,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ):
-    upscaler = Upscaler.from_pretrained(weights, device, batch_size)
+    upscaler = Upscaler.from_pretrained(weights, chosen_device(device), batch_size)
     outcome = upscale_files(upscaler, source, out, prepare, existing, sheet, progress=True, targets=targets)
     say_outcome(source, out, outcome)
 
@@ -574,9 +593,9 @@ def photograph_command(
     sheet: SheetOption = None,
     report: ReportOption = None,
     weights: WeightsOption = DEFAULT_WEIGHTS,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ):
-    photograph = Photograph(Upscaler.from_pretrained(weights, device))
+    photograph = Photograph(Upscaler.from_pretrained(weights, chosen_device(device)))
     outcome, records = photograph_files(photograph, source, out, int(scale), existing, sheet, report, progress=True)
     say_outcome(source, out, outcome, faces_line(records))
 
@@ -696,6 +715,7 @@ def evaluate_command(
     no_lpips: NoLpipsOption = False,
     identity: IdentityOption = False,
     out: TableOption = None,
+    device: DeviceOption = None,
 ):
     """Score a folder of outputs, whoever made them, with the study's evaluator: means and 95 % intervals.
 
@@ -704,7 +724,8 @@ def evaluate_command(
 
     who = people_of(sorted(named_images(outputs)), known_people(people), people) if people else []
     groups = ("primary", "parts", "secondary", "published") + (("identity",) if identity else ())
-    evaluator = Evaluator(() if no_lpips else ("alex", "vgg"), groups=groups, kernel=degradation)
+    nets, place = () if no_lpips else ("alex", "vgg"), chosen_device(device)
+    evaluator = Evaluator(nets, place, groups, degradation)
     table = evaluate_files(outputs, targets, evaluator, prepare, progress=True)
     if people:
         table.insert(1, "person", who)

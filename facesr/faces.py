@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -823,6 +823,10 @@ class Batch:
         targets = {size: target.to(device) for size, target in self.targets.items()}
         return Batch(self.names, self.lr.to(device), targets, None if self.heatmap is None else self.heatmap.to(device))
 
+    def tensors(self) -> list[Tensor]:
+        "All of them, in a fixed order."
+        return [self.lr, *self.targets.values()] + ([] if self.heatmap is None else [self.heatmap])
+
 # %% ../nbs/02_faces.ipynb #d037e7c2
 class FaceDataset:
     "Decoded faces, handed out in batches."
@@ -839,18 +843,40 @@ class FaceDataset:
         self,
         keys: Sequence[tuple[int, bool]],  # row, mirrored
     ) -> Batch:
-        rows = torch.tensor([row for row, _ in keys])
-        mirrored = torch.tensor([flip for _, flip in keys])[:, None, None, None]
+        device = self.pixels.levels[PYRAMID_SIZES[0]].device
+        places, flips = zip(*keys)
+        rows = torch.tensor(places).to(device, non_blocking=True)
+        mirrored = torch.tensor(flips).to(device, non_blocking=True)[:, None, None, None]
         levels = {}
         for size, level in self.pixels.levels.items():
             x = to_float(level[rows])
             levels[size] = torch.where(mirrored, x.flip(-1), x).contiguous(memory_format=torch.channels_last)
-        names = [self.pixels.names[row] for row in rows]
+        names = [self.pixels.names[row] for row in places]
         heatmap = None
         if self.maps is not None:
             h = self.maps(names)
             heatmap = torch.where(mirrored, h.flip(-1), h)
         return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
+
+    def to(self, device: torch.device | str) -> "FaceDataset":
+        "All faces and maps on a device, where batches are then made; maps in half precision, as a store has them."
+        levels = {size: level.to(device) for size, level in self.pixels.levels.items()}
+        maps = None if self.maps is None else _kept(self.maps, self.pixels.names, device)
+        return FaceDataset(replace(self.pixels, levels=levels), maps)
+
+
+def _kept(
+    maps: Callable[[Sequence[str]], Tensor],  # as above
+    names: list[str],
+    device: torch.device | str,
+    step: int = 256,                          # maps at a time
+) -> Callable[[Sequence[str]], Tensor]:
+    "The same maps of these names, asked for once and kept."
+    row = {name: i for i, name in enumerate(names)}
+    stored = torch.empty(len(names), 1, *2 * PYRAMID_SIZES[:1], dtype=torch.half, device=device)
+    for start in range(0, len(names), step):
+        stored[start : start + step] = maps(names[start : start + step]).to(device)
+    return lambda wanted: stored[torch.tensor([row[name] for name in wanted]).to(device, non_blocking=True)].float()
 
 # %% ../nbs/02_faces.ipynb #c2b89ed5
 def epoch_keys(

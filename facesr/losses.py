@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_FLOOR', 'ATTENTION_GAMMA', 'SCALES', 'PERCEPTUAL_SIZE', 'Multiscale', 'RAMP', 'pixel_loss',
-           'PerceptualLoss', 'random_crop', 'attention_weights', 'attention_loss', 'area', 'Scale', 'scales_of',
-           'perceptual_ramp', 'attention_ramp', 'lpips_ramp', 'Loss', 'Objective', 'edge_map', 'others',
+           'PerceptualLoss', 'crop_place', 'crop', 'attention_weights', 'attention_loss', 'area', 'Scale', 'scales_of',
+           'perceptual_ramp', 'attention_ramp', 'lpips_ramp', 'Numbers', 'Loss', 'Objective', 'edge_map', 'others',
            'attention_maps']
 
 # %% ../nbs/08_losses.ipynb #89b2fc98
@@ -60,16 +60,27 @@ class PerceptualLoss(nn.Module):
         return sum(functional.mse_loss(seen, target[layer]) for layer, seen in self.features(sr).items())
 
 # %% ../nbs/08_losses.ipynb #b0ed2699
-def random_crop(
-    *images: Tensor,  # [B, C, H, W], all of one size
-    size: int,        # pixels a side of the crop, at most H and W
-    key: str,         # decides the place: same key, same place
-) -> list[Tensor]:    # [B, C, size, size]
-    "The same crop of every image, at a place that is a function of `key` alone."
-    height, width = images[0].shape[-2:]
+def crop_place(
+    size: int,           # pixels a side of the crop
+    key: str,            # decides the place: same key, same place
+    side: int = HR_SIZE,  # pixels a side of the image
+) -> tuple[int, int]:    # rows above it, columns left of it
+    "A random place for a crop, that is a function of `key` alone."
     rng = random.Random(key)
-    top, left = rng.randint(0, height - size), rng.randint(0, width - size)
-    return [image[..., top : top + size, left : left + size] for image in images]
+    return rng.randint(0, side - size), rng.randint(0, side - size)
+
+
+def crop(
+    *images: Tensor,                                 # [B, C, H, W]
+    size: int,                                       # pixels a side of the crop
+    place: tuple[int, int] | tuple[Tensor, Tensor],  # rows above it, columns left of it; int64 [] on the device
+) -> list[Tensor]:                                   # [B, C, size, size]
+    "The same crop of every image."
+    top, left = place
+    if not isinstance(top, Tensor):
+        return [image[..., top : top + size, left : left + size] for image in images]
+    line = torch.arange(size, device=top.device)  # the processor does not know the place, and does not wait for it
+    return [image.index_select(-2, top + line).index_select(-1, left + line) for image in images]
 
 # %% ../nbs/08_losses.ipynb #32f213eb
 ATTENTION_FLOOR, ATTENTION_GAMMA = 0.1, 1.3
@@ -167,6 +178,14 @@ def lpips_ramp(
 
 # %% ../nbs/08_losses.ipynb #43c3cca0
 @dataclass
+class Numbers:
+    "What a step's objective depends on beside images: Python's numbers, or tensors [] on the device."
+
+    weights: dict[str, float | Tensor]              # of each term that is computed, by name
+    place: tuple[int, int] | tuple[Tensor, Tensor]  # of the crop that VGG sees, see `crop`
+
+
+@dataclass
 class Loss:
     "What one step minimises, and what it is made of."
 
@@ -196,22 +215,30 @@ class Objective(nn.Module):
         self.perceptual_loss = PerceptualLoss(perceptual_net, perceptual_clamp) if perceptual else None
         self.lpips = LPIPS("vgg").requires_grad_(False) if lpips else None
 
-    def weights(self, progress: float) -> dict[str, float]:
-        "What each term counts, by name, when that share of training is done."
+    def numbers(
+        self,
+        step: int,        # steps done so far
+        progress: float,  # share of training done, in [0, 1]
+    ) -> Numbers:
+        "What the next step minimises. LPIPS is computed from where its weight begins."
         ramps = {"perceptual": perceptual_ramp, "attention": attention_ramp, "lpips": lpips_ramp}
-        return {name: full * ramps[name](progress) if name in ramps else full for name, full in self.full.items()}
+        asked = {name: full for name, full in self.full.items() if full or name == "mse"}
+        if progress <= RAMP:
+            asked.pop("lpips", None)
+        weights = {name: full * ramps[name](progress) if name in ramps else full for name, full in asked.items()}
+        return Numbers(weights, crop_place(self.crop, f"{self.seed}/{step}"))
 
-    def terms(self, scale: Scale, step: int, weights: dict[str, float]) -> dict[str, Tensor]:
-        "The unweighted terms at one size, by name. LPIPS is computed from where its weight begins."
+    def terms(self, scale: Scale, numbers: Numbers) -> dict[str, Tensor]:
+        "The unweighted terms at one size, by name."
         found = {"mse": pixel_loss(scale.sr, scale.hr)}
         if scale.sr.shape[-1] >= PERCEPTUAL_SIZE:
             faces = max(1, round(self.share * len(scale.sr)))  # the first ones: a batch is in random order
-            crops = random_crop(scale.sr[:faces], scale.hr[:faces], size=self.crop, key=f"{self.seed}/{step}")
-            if self.perceptual_loss is not None:
+            crops = crop(scale.sr[:faces], scale.hr[:faces], size=self.crop, place=numbers.place)
+            if "perceptual" in numbers.weights:
                 found["perceptual"] = self.perceptual_loss(*crops)
-            if weights["lpips"]:
+            if "lpips" in numbers.weights:
                 found["lpips"] = self.lpips(*crops).mean()
-        if self.full["attention"]:
+        if "attention" in numbers.weights:
             found["attention"] = attention_loss(scale.sr, scale.hr, scale.heatmap)
         return found
 
@@ -219,14 +246,13 @@ class Objective(nn.Module):
         self,
         outputs: Tensor | dict[int, Tensor],  # [B, 3, 128, 128] in [-1, 1]; from deep supervision one for each size
         batch: Batch,                         # the targets, and heatmaps where attention has a weight
-        step: int,                            # steps done so far
-        progress: float,                      # share of training done, in [0, 1]
+        numbers: Numbers,                     # of this step
     ) -> Loss:
         "The weighted sum, and each term by itself; at other sizes than 128 its name ends in the size."
-        weights, total, terms = self.weights(progress), 0.0, {}
+        total, terms = 0.0, {}
         for size, scale in scales_of(outputs, batch, self.multiscale).items():
-            found = self.terms(scale, step, weights)
-            total = total + SCALES[size] * sum(weights[name] * term for name, term in found.items())
+            found = self.terms(scale, numbers)
+            total = total + SCALES[size] * sum(numbers.weights[name] * term for name, term in found.items())
             terms |= {name if size == 128 else f"{name}_{size}": term.detach() for name, term in found.items()}
         return Loss(total, terms)
 

@@ -398,7 +398,7 @@ def measure(
 ) -> None:
     "Keep the per-image table of what is no run, and its summary."
     evaluator = Evaluator(lpips=("alex",), kernel=kernel)
-    batches, count = predict(model, found.test, batch_size=10), len(found.test.names)
+    batches, count = predict(model, found.test), len(found.test.names)
     table = evaluate(tqdm(batches, f"measuring {stamp.stem}", -(-count // 10), leave=False), evaluator)
     table.insert(1, "person", found.people)
     target = Grid()

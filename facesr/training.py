@@ -7,10 +7,11 @@ __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'RULES', 'EQUIVALENT', 'JUDGED', 'read
            'restore_progress', 'shown_epochs', 'settings_of', 'refuse_other_faces', 'epoch_row', 'speed', 'judges',
            'validated', 'score', 'keep_best', 'keep_frame', 'progress_figure', 'progress_webp', 'progress_picture',
            'draw_progress', 'end_epoch', 'seconds_left', 'step_line', 'epoch_line', 'odd_progress', 'odd_loop',
-           'take_up', 'warn_of_slow_bfloat16', 'obtainable', 'looks', 'batches_for', 'Interrupted', 'interruptible',
-           'until_the_step_ends', 'leave_word', 'claim', 'show_complete', 'resume', 'Trainer', 'Clock', 'is_over',
-           'share_of_epoch', 'start_epoch', 'fit', 'best_model', 'counted', 'tested', 'one_each', 'judged',
-           'shown_record', 'shown_outputs', 'config_record', 'metrics_record', 'write_results', 'finish', 'train']
+           'take_up', 'warn_of_slow_bfloat16', 'obtainable', 'resident', 'gpu_line', 'looks', 'batches_for',
+           'Interrupted', 'interruptible', 'until_the_step_ends', 'leave_word', 'claim', 'show_complete', 'resume',
+           'Trainer', 'Clock', 'is_over', 'share_of_epoch', 'start_epoch', 'fit', 'best_model', 'counted', 'tested',
+           'one_each', 'judged', 'shown_record', 'shown_outputs', 'config_record', 'metrics_record', 'write_results',
+           'finish', 'train']
 
 # %% ../nbs/15_training.ipynb #9f5b977e
 import hashlib
@@ -42,7 +43,7 @@ from .faces import find_faces, left_out, read_pixels
 from .heatmaps import BUNDLED_PARTS, Recipe
 from .images import picture_rows
 from .loop import Loop, Means, accelerator_for, device_of, has_bfloat16
-from .loop import VGG16, loop_state, on_plateau, restore_loop
+from .loop import VGG16, loop_state, on_plateau, restore_loop, why_plain
 from .losses import attention_maps
 from .metrics import Evaluator, evaluate, predict
 from .perceptual import MissingWeights, find_weights
@@ -173,7 +174,7 @@ def refuse_other_faces(
 # %% ../nbs/15_training.ipynb #d662c6a0
 def epoch_row(trainer: "Trainer", means: dict[str, float]) -> dict[str, float]:
     "The loss terms of an epoch, unweighted, and the learning rate of its last step."
-    rate = trainer.loop.optimizer.param_groups[0]["lr"]
+    rate = float(trainer.loop.optimizer.param_groups[0]["lr"])
     where = {"epoch": len(trainer.progress.history) + 1, "step": trainer.loop.steps}
     return where | means | {"learning_rate": rate}
 
@@ -408,6 +409,32 @@ def obtainable(
         said.append("heatmaps by the bundled detector instead of YOLO-World v1; the parameter heatmaps names others")
     return config.model_copy(update=changes), [f"published recipe: {line}" for line in said]
 
+# %% ../nbs/15_training.ipynb #f1770a01
+def resident(
+    dataset: FaceDataset,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> FaceDataset:
+    "The dataset on a GPU, where it takes at most half of the memory that is free there; else as it is."
+    if device.type != "cuda":
+        return dataset
+    sizes = sum(level.nbytes for level in dataset.pixels.levels.values())
+    maps = 0 if dataset.maps is None else 2 * len(dataset.pixels.names) * 128**2
+    free, _ = torch.cuda.mem_get_info(device)
+    where = "the GPU's" if 2 * (sizes + maps) <= free else "main"
+    report(f"faces and heatmaps are kept in {where} memory: {(sizes + maps) / 2**20:,.0f} MB")
+    return dataset.to(device) if where != "main" else dataset
+
+
+def gpu_line(accelerator: Accelerator) -> str:  # empty: there is none
+    "Which GPU trains, and how."
+    device = device_of(accelerator)
+    if device.type != "cuda":
+        return ""
+    plain = why_plain(accelerator)
+    how = f"step by step ({plain})" if plain else "every step as one CUDA graph"
+    return f"training on {torch.cuda.get_device_name(device)}, {how}"
+
 # %% ../nbs/15_training.ipynb #92ca5a33
 def looks(config: Config) -> bool:
     "Whether the run has an attention error, and so a map for every face."
@@ -532,8 +559,9 @@ class Trainer:
     def _prepare(self, data: str | Path | None) -> None:
         config, self.progress = self.config, Progress()
         warn_of_slow_bfloat16(config, self.accelerator, self.report)
-        for line in self.instead:
-            self.report(line)
+        for line in [gpu_line(self.accelerator), *self.instead]:
+            if line:
+                self.report(line)
         self.faces, self.pixels = read_faces(config, data, self.report)
         refuse_other_faces(self.folder, self.pixels)
         train = self.pixels["train"]
@@ -594,6 +622,12 @@ class Clock:
             self.save()
         self.start()
 
+    def wait(self) -> None:
+        "What a GPU has yet to do belongs to the epoch."
+        if self.trainer.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.trainer.progress.seconds += time.monotonic() - self.last
+
     def save(self) -> None:
         "A checkpoint; there an interrupted run stops."
         self.trainer.save()
@@ -635,9 +669,9 @@ def fit(
         return
     if trainer.main and not trainer.lock:
         raise RuntimeError(f"{from_clone(trainer.folder)} has been left; a new Trainer (Run All) takes it up again")
-    dataset = FaceDataset(trainer.pixels["train"], trainer.maps)
+    device = device_of(trainer.accelerator)
     with interruptible(trainer), until_the_step_ends() as asked:
-        device = device_of(trainer.accelerator)
+        dataset = resident(FaceDataset(trainer.pixels["train"], trainer.maps), device, trainer.report)
         evaluator = Evaluator(lpips=judges(trainer.config), device=device, groups=("primary",))
         clock = Clock(trainer, asked)
         while not is_over(trainer):
@@ -647,6 +681,7 @@ def fit(
             for terms in trainer.loop.epoch(map(dataset.batch, trainer.batches), trainer.total_steps, share):
                 trainer.progress.means.add(terms)
                 clock.tick()
+            clock.wait()
             end_epoch(trainer, evaluator)
             if trainer.main:
                 clock.say(epoch_line)

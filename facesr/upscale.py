@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Preparation', 'PREPARATIONS', 'Taken', 'Small', 'WEIGHTS', 'DEFAULT_WEIGHTS', 'SHEET_FACES', 'Existing', 'EXISTING',
-           'Face', 'opened', 'Preparer', 'naming', 'pretrained', 'Upscaler', 'planned_outputs', 'check_places',
-           'encoded', 'side_by_side', 'check_options', 'already_there', 'not_written', 'Outcome', 'upscale_files',
-           'export_onnx']
+           'Face', 'opened', 'Preparer', 'naming', 'pretrained', 'usable', 'Upscaler', 'planned_outputs',
+           'check_places', 'encoded', 'side_by_side', 'check_options', 'already_there', 'not_written', 'Outcome',
+           'upscale_files', 'export_onnx']
 
 # %% ../nbs/18_upscale.ipynb #2522509f
 import errno
@@ -252,7 +252,10 @@ def _weights_file(name_or_path: str | Path) -> Path:
     return path
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable(
+    device: str | torch.device,  # as PyTorch names it
+) -> torch.device:
+    "The device that is meant. Raises ValueError for one that this PyTorch cannot use."
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -277,7 +280,7 @@ class Upscaler:
         "Raises ValueError for a device that this PyTorch cannot use, or a batch size below 1."
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it has to be at least 1")
-        self.device, self.batch_size = _usable(device), batch_size
+        self.device, self.batch_size = usable(device), batch_size
         self.network = network.to(self.device).eval()
         self.small = Preparer(str(self.device))
 

@@ -97,7 +97,7 @@ def test_a_step_follows_its_own_gradient_and_the_average_follows_the_step(tmp_pa
     assert not torch.equal(weights(loop.network), start)
     assert torch.equal(weights(loop.network), weights(loop.average.module))  # the first average is what it was moved to
     alone, batch = copy.deepcopy(loop.network), dataset.batch(second)
-    loop.objective(alone(batch.lr), batch, loop.steps, 0.5).total.backward()
+    loop.objective(alone(batch.lr), batch, loop.objective.numbers(loop.steps, 0.5)).total.backward()
     loop.step(batch, 0.5)
     for expected, found in zip(alone.parameters(), loop.network.parameters()):
         torch.testing.assert_close(found.grad, expected.grad)  # nothing is left of the first batch

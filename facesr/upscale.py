@@ -312,15 +312,15 @@ class Upscaler:
     def upscale(
         self,
         lr: Tensor,  # [N, 3, 16, 16] float in [-1, 1]
-    ) -> Tensor:     # [N, 3, 128, 128] float in [-1, 1], on the CPU
+    ) -> Tensor:     # [N, 3, 128, 128] float in [-1, 1], where the inputs are
         """The network itself, a batch at a time.
 
         A batch that is not full is filled up: the network rounds otherwise in a batch of another size, and a face has
         to come out the same whichever others go with it."""
-        sr = torch.empty(len(lr), 3, HR_SIZE, HR_SIZE)
+        sr = torch.empty(len(lr), 3, HR_SIZE, HR_SIZE, device=lr.device)
         for first in range(0, len(lr), self.batch_size):
             part = lr[first : first + self.batch_size]
-            batch = torch.zeros(self.batch_size, *part.shape[1:])
+            batch = torch.zeros(self.batch_size, *part.shape[1:], device=lr.device)
             batch[: len(part)] = part
             made = self.network(batch.to(self.device, memory_format=torch.channels_last))
             sr[first : first + len(part)] = made[: len(part)].clamp(-1, 1)

@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.request
 import zipfile
-from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 
@@ -129,13 +128,19 @@ def chooser(opened):
 
 def shown(image):
     "The pixels that an image of the page was given."
-    return np.asarray(Image.open(BytesIO(b64decode(image.get_attribute("src").split(",")[1]))).convert("RGB"), float)
+    drawn = """async image => {
+        await image.decode()
+        const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight)
+        canvas.getContext("2d").drawImage(image, 0, 0)
+        return Array.from(new Uint8Array(await (await canvas.convertToBlob()).arrayBuffer()))
+    }"""
+    return np.asarray(Image.open(BytesIO(bytes(image.evaluate(drawn)))).convert("RGB"), float)
 
 
 def test_the_slider_moves_the_line(chooser):
-    picture = chooser.locator(".widget-interact img")
+    picture = chooser.locator(".wipe img")
     before = shown(picture)
-    chooser.locator(".widget-interact .noUi-handle").last.focus()
+    chooser.locator(".wipe .noUi-handle").last.focus()
     chooser.keyboard.press("Home")  # the line at the left edge: all of it is the output
     eventually(lambda: np.abs(shown(picture) - before)[:, :180].mean() > 2, "the picture stays as it was", 20)
     assert np.abs(shown(picture) - before)[:, 200:].mean() < 1

@@ -344,7 +344,7 @@ DeviceOption = Annotated[
 def chosen_device(
     asked: str | None,  # as PyTorch names it
 ) -> str:
-    "The device that is asked for; where none is, a GPU if there is one, which is said. Raises ValueError for no device."
+    "The device that is asked for, else a GPU if there is one, which is said. Raises ValueError for no device."
     if asked is None and torch.cuda.is_available():
         print(f"computing on {torch.cuda.get_device_name()}")
         return "cuda"

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PLATEAU', 'PATIENCE', 'VGG16', 'PLAIN_STEPS', 'learning_rate', 'on_plateau', 'averaged', 'move_average',
            'accelerator_for', 'has_bfloat16', 'device_of', 'objective_of', 'with_heads', 'why_plain', 'aside',
-           'Captured', 'Loop', 'Means', 'loop_state', 'restore_loop']
+           'reason_of', 'Captured', 'Loop', 'Means', 'loop_state', 'restore_loop']
 
 # %% ../nbs/13_loop.ipynb #310e2e2b
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +63,8 @@ def averaged(
     decay: float,  # of the average; 0: the weights as they are
 ) -> AveragedModel:
     "An exponential moving average of the weights."
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    device = next(network.parameters()).device
+    return AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def move_average(
@@ -141,36 +143,46 @@ def why_plain(accelerator: Accelerator) -> str:  # empty: it can be captured
     return "float16 scales its loss by what the device finds" if accelerator.scaler else ""
 
 # %% ../nbs/13_loop.ipynb #e1c5d0a4
-PLAIN_STEPS = 3  # before a capture
-
-
 @contextmanager
-def aside() -> Iterator[None]:
-    "A stream of its own, in order with the current one."
-    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
-    other.wait_stream(current)
-    with torch.cuda.stream(other):
+def aside(stream: torch.cuda.Stream) -> Iterator[None]:
+    "What is done in the block is done on this stream, in order with the current one."
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
         yield
-    current.wait_stream(other)
+    current.wait_stream(stream)
+
+
+def reason_of(
+    error: RuntimeError,  # the end of a broken capture fails too, and says less than what broke it
+) -> str:
+    "Why a step cannot be captured. Raises what is no fault of the capture, an interruption for example."
+    cause = error.__context__ or error
+    if not isinstance(cause, RuntimeError):
+        raise cause
+    return (str(cause) or repr(cause)).splitlines()[0]
+
+# %% ../nbs/13_loop.ipynb #e1c5d0c2
+PLAIN_STEPS = 3  # before a capture
 
 
 class Captured:
     "A loop's `plain_move` as a CUDA graph; called like it."
 
     def __init__(self, loop: "Loop"):
-        self.loop, self.names, self.error = loop, None, ""
+        self.loop, self.kind, self.error, self.stream = loop, None, "", torch.cuda.Stream()
 
     def __call__(self, batch: Batch, rate: float, numbers: Numbers) -> dict[str, Tensor]:
-        if self.names != list(numbers.weights):
-            self.names, self.graph, self.plain = list(numbers.weights), None, PLAIN_STEPS
-            self.batch, self.values = deepcopy(batch), torch.empty(3 + len(self.names), device=batch.lr.device)
+        "One step. The terms are overwritten by the next one."
+        if self.kind != (kind := (len(batch.names), *numbers.weights)):
+            self.kind, self.graph, self.plain = kind, None, PLAIN_STEPS
+            self.batch, self.values = deepcopy(batch), torch.empty(2 + len(kind), device=batch.lr.device)
         for here, there in zip(self.batch.tensors(), batch.tensors(), strict=True):
             here.copy_(there)
-        values = [rate, *numbers.place, *numbers.weights.values()]
-        self.values.copy_(torch.tensor(values), non_blocking=True)
+        self.values.copy_(torch.tensor([rate, *numbers.place, *numbers.weights.values()]), non_blocking=True)
         if self.plain or self.error:
             self.plain = max(0, self.plain - 1)
-            with aside():
+            with aside(self.stream):
                 return self.move()
         if self.graph is None:
             return self.capture()
@@ -181,11 +193,12 @@ class Captured:
         "The step, with faces and numbers from where the graph reads them."
         rate, top, left, *weights = self.values.unbind()
         place = top.long(), left.long()
-        return self.loop.plain_move(self.batch, rate, Numbers(dict(zip(self.names, weights)), place))
+        return self.loop.plain_move(self.batch, rate, Numbers(dict(zip(self.kind[1:], weights)), place))
 
     def capture(self) -> dict[str, Tensor]:
         "Record the step, and take it. Where it cannot be recorded, it is taken as it is, from now on."
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        gc.collect()  # a graph that is collected during the capture would break it
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.terms = self.move()
@@ -194,9 +207,9 @@ class Captured:
             return self.terms
         except RuntimeError as error:
             torch.cuda.set_stream(before)
-            self.error = str(error).splitlines()[0]
+            self.error = reason_of(error)
             warnings.warn(f"the step cannot be captured as a CUDA graph and runs as it is: {self.error}")
-        with aside():
+        with aside(self.stream):
             return self.move()
 
 # %% ../nbs/13_loop.ipynb #5a1c0d12
@@ -228,12 +241,14 @@ class Loop:
 
     def step(
         self,
-        batch: Batch,     # on the accelerator's device
+        batch: Batch,
         progress: float,  # share of the training done so far, in [0, 1]
     ) -> dict[str, Tensor]:
         "Move the weights once. Returns the terms of the loss, unweighted."
         rate = self.left * learning_rate(self.steps, progress, self.config)
-        terms = self.move(batch, rate, self.objective.numbers(self.steps, progress))
+        batch, numbers = batch.to(device_of(self.accelerator)), self.objective.numbers(self.steps, progress)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # a resumed run ends with the same bits
+            terms = self.move(batch, rate, numbers)
         self.steps += 1
         return terms
 
@@ -259,7 +274,7 @@ class Loop:
         self.model.train()
         for batch in batches:
             done = self.steps / total if progress is None else progress
-            yield self.step(batch.to(device_of(self.accelerator)), done)
+            yield self.step(batch, done)
 
 # %% ../nbs/13_loop.ipynb #5a1c0d19
 @dataclass
@@ -309,8 +324,11 @@ def restore_loop(loop: Loop, state: dict[str, Any]) -> None:
     _trained(loop).load_state_dict(_plain(state["model"]))
     loop.average.load_state_dict(_plain(state["average"]))
     loop.optimizer.load_state_dict(state["optimizer"])
+    captured = isinstance(loop.move, Captured)
     for group in loop.optimizer.param_groups:
-        group["capturable"] = isinstance(loop.move, Captured)  # whatever device has left the state
+        group["capturable"] = captured  # whatever device has left the state
+    if captured:
+        loop.move.kind = None  # a graph would go on with the tensors of before
     if loop.accelerator.scaler and state["scaler"]:
         loop.accelerator.scaler.load_state_dict(state["scaler"])
     loop.steps = state["steps"]

@@ -232,10 +232,8 @@ class Loop:
         self.average = averaged(self.network, config.ema_decay)
         self.objective = channels_last(objective_of(config).to(device))
         trained = with_heads(self.network, config)
-        optimizer = torch.optim.AdamW(
-            trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True,
-            capturable=captured,
-        )
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        optimizer = torch.optim.AdamW(trained.parameters(), **rates, fused=True, capturable=captured)
         self.model, self.optimizer = accelerator.prepare(trained, optimizer)
         self.move = Captured(self) if captured else self.plain_move
 

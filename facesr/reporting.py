@@ -1069,7 +1069,7 @@ def read_history(run: CompleteRun) -> pd.DataFrame:  # a row an epoch
     with usable(path, run_remedy(run)):
         table = read_table(path, ["epoch", "val_psnr", "mse", *terms])
         for name in table:
-            table[name] = as_numbers(table[name])
+            table[name] = as_numbers(table[name], empty=name == "lpips")  # which begins during training
         last = len(table) if config.get("patience") else config["epochs"]  # patience ends a run earlier
         if table["epoch"].tolist() != list(range(1, last + 1)) or not 0 < last <= config["epochs"]:
             raise ValueError(f"its rows are not the epochs 1 to {config['epochs']}")

@@ -11,7 +11,7 @@ __all__ = ['PLATEAU', 'PATIENCE', 'VGG16', 'PLAIN_STEPS', 'learning_rate', 'on_p
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field

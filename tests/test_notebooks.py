@@ -288,7 +288,7 @@ def test_notebooks_name_no_machine():
                 assert place not in text, f"{path.relative_to(ROOT)} names {place} in: {cell['source'][:60]}"
 
 
-OLDER = pytest.mark.xfail(strict=True, reason="the kept runs are older than the network's filter; see results/README.md")
+OLDER = pytest.mark.xfail(strict=True, reason="the runs are older than the network's filter; see results/README.md")
 
 
 @pytest.mark.parametrize("preset", ["quick", "rules", pytest.param("celeba", marks=OLDER)])

@@ -61,10 +61,10 @@ class PerceptualLoss(nn.Module):
 
 # %% ../nbs/08_losses.ipynb #b0ed2699
 def crop_place(
-    size: int,           # pixels a side of the crop
-    key: str,            # decides the place: same key, same place
+    size: int,            # pixels a side of the crop
+    key: str,             # decides the place: same key, same place
     side: int = HR_SIZE,  # pixels a side of the image
-) -> tuple[int, int]:    # rows above it, columns left of it
+) -> tuple[int, int]:     # rows above it, columns left of it
     "A random place for a crop, that is a function of `key` alone."
     rng = random.Random(key)
     return rng.randint(0, side - size), rng.randint(0, side - size)

@@ -48,12 +48,12 @@ def test_captured_and_plain_steps_agree_to_the_bit(variant, dataset):
 
 
 def test_captured_steps_are_those_of_the_loop_without_a_graph(dataset):
-    config = resolve("heatmap", "smoke", perceptual_crop=48)
-    _, weights = trained(config, dataset.to("cuda"), True)
+    config, on_card = resolve("heatmap", "smoke", perceptual_crop=48), dataset.to("cuda")
+    _, weights = trained(config, on_card, True)
     loop = Loop(config, accelerator_for(config))
     loop.move = loop.plain_move
     for i, keys in enumerate([*EpochBatches(64, 8, config.seed)] * 2):
-        loop.step(dataset.to("cuda").batch(keys), i / 16)
+        loop.step(on_card.batch(keys), i / 16)
     for one, other in zip(weights, [*loop.network.parameters(), *loop.average.parameters()]):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)  # the rate is a float32 in a graph
 

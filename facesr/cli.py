@@ -12,12 +12,13 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption', 'ReportOption',
            'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
            'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument',
-           'OnnxOption', 'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings',
-           'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'chosen_device',
-           'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line',
-           'say_outcome', 'upscale_command', 'faces_line', 'photograph_command', 'known_people', 'people_of', 'number',
-           'summary_lines', 'evaluate_command', 'convert_command', 'export_onnx_command', 'flush_output', 'run_app',
-           'knows_home', 'some_home', 'plain_warnings', 'main']
+           'OnnxOption', 'PrecisionOption', 'HubOption', 'say_version', 'facesr', 'home', 'path', 'one_of',
+           'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command',
+           'print_store', 'chosen_device', 'are_boxes', 'heatmaps_make', 'file_format', 'heatmaps_show',
+           'heatmaps_import', 'heatmaps_export', 'outcome_line', 'say_outcome', 'upscale_command', 'faces_line',
+           'photograph_command', 'known_people', 'people_of', 'number', 'summary_lines', 'evaluate_command',
+           'convert_command', 'export_command', 'flush_output', 'run_app', 'knows_home', 'some_home', 'plain_warnings',
+           'main']
 
 # %% ../nbs/22_cli.ipynb #e17a8751
 import os
@@ -39,7 +40,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .degradation import KERNELS
-from .detection import find_detector
+from .detection import Annotations, find_detector
 from .execution import faces_folder, hand_over, notebooks_folder, sentence_of, study_runs
 from .execution import run_in_a_row, run_on_cluster, run_report
 from .faces import SPLITS, duration, find_faces, read_people
@@ -50,8 +51,8 @@ from .runs import default_out, in_use, read_progress, run_state, write_atomicall
 from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
 from .store import export_published, import_published, read_names
 from .study import CONTROLS, PRESETS, VARIANTS, resolve
-from .upscale import DEFAULT_WEIGHTS, Existing, Preparation, Upscaler, export_onnx, pretrained
-from .upscale import SHEET_FACES, Outcome, upscale_files, usable
+from .upscale import DEFAULT_WEIGHTS, Existing, Preparation, PRECISIONS, Upscaler, export_hub, export_onnx
+from .upscale import pretrained, SHEET_FACES, Outcome, upscale_files, usable
 
 # %% ../nbs/22_cli.ipynb #ec13e675
 PLAUSIBLE = "The output is a plausible face, not evidence of who someone is: sixteen pixels fit many people."
@@ -291,7 +292,8 @@ DetectorOption = Annotated[
     str,
     typer.Option(
         parser=home,
-        help="bundled, world (YOLO-World, fetched once), world-v1 (the paper's), or a .pt file of Ultralytics.",
+        help="bundled, world (YOLO-World, fetched once), world-v1 (the paper's), or a .pt file of Ultralytics;"
+        " or boxes that people drew: a folder of Pascal VOC or YOLO, or a .json of COCO.",
     ),
 ]
 PartsOption = Annotated[
@@ -350,6 +352,17 @@ def chosen_device(
         return "cuda"
     return str(usable(asked or "cpu"))
 
+# %% ../nbs/22_cli.ipynb #330e73e8
+def are_boxes(
+    detector: str,             # what was named in place of one
+    chosen: dict[str, float],  # settings of a network
+) -> bool:
+    "Whether these are boxes that people drew. Raises ValueError for settings that such boxes have not."
+    drawn = Path(detector).is_dir() or detector.endswith(".json")
+    if drawn and chosen:
+        raise ValueError(f"--{min(chosen)} is for networks; {detector} holds boxes that people drew")
+    return drawn
+
 # %% ../nbs/22_cli.ipynb #330e73e9
 @heatmaps_app.command("make")
 def heatmaps_make(
@@ -379,9 +392,12 @@ def heatmaps_make(
         )
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
-    network = find_detector(detector, list(table), chosen_device(device), **chosen)
+    if are_boxes(detector, chosen):
+        boxes = Annotations(detector, faces.images, names)
+    else:
+        boxes = find_detector(detector, list(table), chosen_device(device), **chosen)
     drawn, place = Recipe(table, use_confidence, recipe == "published"), out or store_path(default_out(), faces)
-    print_store(make_heatmaps(place, faces.images, names, network, drawn, skip_unreadable=skip_unreadable))
+    print_store(make_heatmaps(place, faces.images, names, boxes, drawn, skip_unreadable=skip_unreadable))
 
 # %% ../nbs/22_cli.ipynb #8e40b1f7
 StoreArgument = Annotated[
@@ -510,7 +526,10 @@ ExistingOption = Annotated[
         " stop (before anything is done), skip or overwrite."
     ),
 ]
-WEIGHTS_HELP = f"In the package ({', '.join(pretrained())}), the model.safetensors of a run, or a published .pth."
+WEIGHTS_HELP = (
+    f"In the package ({', '.join(pretrained())}), the model.safetensors of a run or its folder, a published .pth,"
+    " or hf://OWNER/NAME on the Hugging Face hub."
+)
 WeightsOption = Annotated[str, typer.Option(parser=home, help=WEIGHTS_HELP)]
 
 # %% ../nbs/22_cli.ipynb #1c25d818
@@ -627,7 +646,8 @@ PeopleOption = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="CelebA's identity_CelebA.txt, which has to name every image: intervals over people instead of images.",
+        help="Who is on each image, all of them: CelebA's identity_CelebA.txt, or a .csv of groups."
+        " Intervals are then over people, or groups, instead of images.",
     ),
 ]
 NoLpipsOption = Annotated[
@@ -642,7 +662,7 @@ TableOption = Annotated[
 
 # %% ../nbs/22_cli.ipynb #ae8666fa
 def known_people(
-    path: Path,        # CelebA's identity_CelebA.txt
+    path: Path,        # CelebA's identity_CelebA.txt, or a .csv of groups
 ) -> dict[str, int]:   # number of a person by path of an image, without suffix
     "Who is on each image. Raises ValueError where the suffix alone tells two people apart."
     known: dict[str, int] = {}
@@ -754,16 +774,33 @@ def convert_command(checkpoint: CheckpointArgument, out: SafetensorsArgument):
 # %% ../nbs/22_cli.ipynb #7f1be429
 WeightsArgument = Annotated[str, typer.Argument(parser=home, metavar="WEIGHTS", help=WEIGHTS_HELP)]
 OnnxOption = Annotated[
-    Path,
-    typer.Option(parser=path, help="The file to write, one that is there is replaced (needs the extra 'onnx')."),
+    Path | None,
+    typer.Option(parser=path, help="An ONNX file to write, one that is there is replaced (needs the extra 'onnx')."),
+]
+PrecisionOption = Annotated[
+    str, typer.Option(parser=one_of(PRECISIONS), help=f"Of weights in the ONNX file: {', '.join(PRECISIONS)}.")
+]
+HubOption = Annotated[
+    Path | None,
+    typer.Option(parser=path, help="A folder to write, as the Hugging Face hub has it: weights, config.json, card."),
 ]
 
 
 @app.command("export")
-def export_onnx_command(weights: WeightsArgument, onnx: OnnxOption):
-    "Write a network as ONNX: faces in [0, 1], any number at a time. Exit codes: 0 done, 1 failed, 2 wrong usage."
-    export_onnx(Upscaler.from_pretrained(weights).network, onnx)
-    print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
+def export_command(
+    weights: WeightsArgument, onnx: OnnxOption = None, precision: PrecisionOption = "float32", hub: HubOption = None
+):
+    """Write a network for others: as ONNX (faces in [0, 1], any number at a time), as a folder for the hub, or both.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    if not onnx and not hub:
+        raise typer.BadParameter("say what to write: --onnx FILE, --hub FOLDER or both")
+    if onnx:
+        export_onnx(Upscaler.from_pretrained(weights).network, onnx, precision)
+        print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
+    if hub:
+        export_hub(weights, hub)
+        print(f"{hub}: model.safetensors, config.json, README.md; hf upload OWNER/NAME {hub} sends them to the hub")
 
 # %% ../nbs/22_cli.ipynb #79d04364
 def flush_output() -> None:

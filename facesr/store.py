@@ -532,18 +532,18 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 # %% ../nbs/05_store.ipynb #b2f80414
-def _columns(
+def _begun(
     faces: Tensor,  # [B, 3, 128, 128] uint8
     names: list[str],
     detector: PartDetector,
     recipe: Recipe,
     pool: ThreadPoolExecutor,
-) -> dict[str, np.ndarray | list[str]]:
-    "The rows of some faces."
-    found = detector(faces)
+) -> Callable[[], dict[str, np.ndarray | list[str]]]:  # waits for the rows
+    "The rows of some faces, whose maps the pool goes on drawing."
+    found = detector(faces, names)
     arrays = (np.ascontiguousarray(face.permute(1, 2, 0).numpy()) for face in faces)
     maps = pool.map(heatmap, arrays, found, [recipe] * len(found))
-    return {
+    return lambda: {
         "heatmaps": np.stack(list(maps)).astype(np.float16),
         "names": names,
         "counts": np.array([[d.classes.count(name) for name in detector.classes] for d in found], np.uint16),
@@ -562,11 +562,15 @@ def _make_shard(
 ) -> None:
     "The rows of up to `SHARD` faces, in a file of their own."
     with _new_file(path, settings) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = None
         for first in range(0, len(pixels.names), batch_size):
-            names = pixels.names[first : first + batch_size]
-            hr = pixels.levels[HR_SIZE][first : first + batch_size]
-            _append(file, **_columns(hr, names, detector, recipe, pool))
-            pace.add(len(names))
+            batch = slice(first, first + batch_size)
+            begun = _begun(pixels.levels[HR_SIZE][batch], pixels.names[batch], detector, recipe, pool)
+            if waiting:
+                _append(file, **waiting())
+            waiting = begun
+            pace.add(len(pixels.names[batch]))
+        _append(file, **waiting())
 
 # %% ../nbs/05_store.ipynb #71d0f991
 def _finished(shards: Path, settings: dict[str, Any]) -> dict[Path, list[str]]:

@@ -20,7 +20,7 @@ from .degradation import KERNELS
 from .model import CONVS
 
 # %% ../nbs/12_study.ipynb #7583ba4e
-VARIED = ("attention_weight", "attention_map", "supervision")
+VARIED = ("attention_weight", "attention_map", "supervision", "pixel_weight")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # MSE + perceptual
@@ -39,6 +39,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "edges": {"attention_weight": 2.0, "attention_map": "edges"},        # the edges of the whole image
     "shuffled": {"attention_weight": 2.0, "attention_map": "shuffled"},  # the map of another training face
     "mean": {"attention_weight": 2.0, "attention_map": "mean"},          # the mean map of the training faces
+    "squared": {"pixel_weight": 8.0},  # no absolute error, and a share of VGG as small as in uniform
 }
 
 # %% ../nbs/12_study.ipynb #0c590321
@@ -51,7 +52,7 @@ PUBLISHED = {  # metric of facesr.metrics -> value
 }
 
 # %% ../nbs/12_study.ipynb #bd8e8a24
-def _faces(train: int, val: int, test: int, celeba: bool = True) -> dict[str, Any]:
+def _faces(train: int | None, val: int | None, test: int | None, celeba: bool = True) -> dict[str, Any]:
     return {"train_faces": train, "val_faces": val, "test_faces": test, "needs_celeba": celeba}
 
 
@@ -69,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "seeds": _faces(3_000, 100, 1_000) | {"epochs": 7, "mixed_precision": "bf16"},
     "rules": _faces(1_500, 60, 500) | _PUBLISHED_SCHEDULE
     | {"learning_rate": 1e-3, "perceptual_weight": 0.28, "mixed_precision": "bf16"},
+    "own": _faces(None, None, None, celeba=False),
     "paper": _faces(30_000, 6_000, 6_000) | {
         "conv": "standard", "batch_size": 64, "mixed_precision": "fp16", "learning_rate": 1e-4,
         "perceptual_weight": 0.02, "perceptual_crop": 128, "perceptual_share": 1.0,
@@ -84,8 +86,9 @@ PUBLISHED_VARIANTS = {  # what else differs between the variants of the publishe
 GRIDS: dict[str, dict[str, int]] = {  # preset -> variant or control -> seeds
     "celeba": {"baseline": 3, "heatmap": 3, "uniform": 3, "shuffled": 3, "multiscale": 1, "deep": 1},
     "rules": {"baseline": 3, "heatmap": 3},
+    "own": dict.fromkeys(["baseline", "uniform", "heatmap"], 1),
     "paper": dict.fromkeys([*VARIANTS, "uniform"], 1),
-    "seeds": dict.fromkeys(["baseline", "uniform", "mean", "shuffled", "heatmap", "multiscale", "deep"], 6),
+    "seeds": dict.fromkeys([*VARIANTS, "uniform", "squared", "mean", "shuffled"], 6),
 }
 
 

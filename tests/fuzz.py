@@ -570,6 +570,26 @@ def make_checkpoint(folder: Path) -> None:
     shutil.copy(trainer.folder / "checkpoint" / "state.pt", folder / "checkpoint")
 
 
+def make_boxes(folder: Path) -> None:
+    "Boxes that people drew in one picture, in three layouts."
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(folder / "a.png")
+    for place in ("voc", "yolo", "named", "coco"):
+        (folder / place).mkdir()
+    ends = "<xmin>5</xmin><ymin>6</ymin><xmax>30</xmax><ymax>40</ymax>"
+    thing = f"<object><name>cell</name><bndbox>{ends}</bndbox></object>"
+    (folder / "voc" / "a.xml").write_text(f"<annotation><filename>a.png</filename>{2 * thing}</annotation>")
+    for place in ("yolo", "named"):
+        (folder / place / "a.txt").write_text("0 0.5 0.5 0.2 0.3\n1 0.25 0.5 0.1 0.1\n")
+    (folder / "yolo" / "classes.txt").write_text("cell\ndirt\n")
+    (folder / "named" / "data.yaml").write_text("names: [cell, dirt]\n")
+    thing = {"image_id": 1, "category_id": 2, "bbox": [4, 5, 20, 30]}
+    images, classes = [{"id": 1, "file_name": "a.png"}], [{"id": 2, "name": "cell"}]
+    coco = {"images": images, "categories": classes, "annotations": [thing, thing]}
+    (folder / "coco" / "a.json").write_text(json.dumps(coco))
+
+
 def make_detector(folder: Path) -> None:
     "The bundled detector as a checkpoint of Ultralytics."
     from facesr.detection import bundled_detector
@@ -727,6 +747,15 @@ def read_report(case: "Case") -> Any:
     return average_seeds(read_tables(runs))
 
 
+def read_boxes(case: "Case") -> Any:
+    from facesr.detection import Annotations
+
+    place = case.victim if case.victim.suffix == ".json" else case.victim.parent
+    found = Annotations(place, case.folder, ["a.png"])(None, ["a.png"])[0]
+    assert len(found.boxes) == len(found.classes) and ((found.boxes >= 0) & (found.boxes <= 128)).all()
+    return found.boxes
+
+
 def read_detector(case: "Case") -> Any:
     import torch
 
@@ -769,6 +798,7 @@ READERS = {
     ),
     "runs": Reader(make_run, read_runs, ("**/*.json", "**/*.json", "**/*.webp"), JSON_AND_BYTES),
     "report": Reader(make_run, read_report, ("**/*.csv", "**/*.json"), JSON_AND_BYTES, share=0.5),
+    "boxes": Reader(make_boxes, read_boxes, ("*/a.*", "*/*.txt", "*/*.yaml"), JSON_AND_BYTES, share=0.3),
     "detector": Reader(
         make_detector, read_detector, ("*.pt",), (damage_bytes, damage_zip), seconds=60, megabytes=1500, share=0.02
     ),

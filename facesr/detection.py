@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from .degradation import central_square, HR_SIZE
-from .faces import FaceSet, read_lines
+from .faces import FaceSet, files_below, read_lines
 from .images import file_content, read_image
 
 if TYPE_CHECKING:
+    import pandas as pd
     from ultralytics import YOLO
 
 # %% ../nbs/03_detection.ipynb #f22098e8
@@ -370,7 +372,7 @@ class Drawn(NamedTuple):
     classes: list[str]    # [K]
     shares: bool = False  # of width and height, in place of pixels
 
-
+# %% ../nbs/03_detection.ipynb #5a0b1c19
 def _drawn(rows: Sequence[tuple], classes: Sequence[str], shares: bool = False) -> Drawn:
     "Raises ValueError for a number that is none."
     boxes = np.array(rows, float).reshape(-1, 4)
@@ -383,27 +385,30 @@ def _pascal_voc(path: Path) -> Drawn:
     "A file of one picture."
     things = ElementTree.fromstring(file_content(path)).findall("object")
     ends = [[float(thing.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")] for thing in things]
-    names = [thing.findtext("name") or "" for thing in things]
-    if not all(names):
-        raise ValueError("every object has to have a name")
+    names = [(thing.findtext("name") or "").strip() for thing in things]
     return _drawn([(left - 1, top - 1, right, bottom) for left, top, right, bottom in ends], names)
 
-
+# %% ../nbs/03_detection.ipynb #5a0b1c18
 def _yolo(path: Path, names: Sequence[str]) -> Drawn:
     "A file of one picture: number of the class, middle, width and height, as shares of the picture."
     rows = [line.split() for line in file_content(path).decode("utf-8-sig").splitlines() if line.strip()]
     if wrong := [row for row in rows if len(row) != 5]:
         raise ValueError(f"a line has {len(wrong[0])} numbers, and a box has 5")
     sides = [tuple(map(float, row[1:])) for row in rows]
+    if wrong := [side for side in sides if not all(-0.01 <= x <= 1.01 for x in side)]:
+        raise ValueError(f"a box has {' '.join(map(str, wrong[0]))}; shares of the picture are from 0 to 1")
+    if unnamed := [row[0] for row in rows if not (row[0].isdecimal() and int(row[0]) < len(names))]:
+        raise ValueError(f"a box has the class {unnamed[0]}, and names are for 0 to {len(names) - 1}")
     boxes = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in sides]
-    return _drawn(boxes, [dict(enumerate(names))[int(row[0])] for row in rows], shares=True)
+    return _drawn(boxes, [names[int(row[0])] for row in rows], shares=True)
 
 # %% ../nbs/03_detection.ipynb #5a0b1c07
 def _yolo_names(folder: Path) -> list[str]:
     "The names of the classes, in the order of their numbers, from beside the labels or above."
     for place in (folder, folder.parent):
         if (file := place / "classes.txt").is_file():
-            return [line.strip() for line in read_lines(file, "the name of a class a line") if line.strip()]
+            lines = "\n".join(read_lines(file, "the name of a class a line")).rstrip().split("\n")
+            return [line.strip() for line in lines]
         if (file := place / "data.yaml").is_file():
             with _oddities(file, "does not name the classes"):
                 names = yaml.safe_load(file_content(file))["names"]
@@ -424,53 +429,72 @@ def _coco(path: Path) -> tuple[dict[str, Drawn], list[str]]:
         left, top, width, height = map(float, thing["bbox"])
         boxes[thing["image_id"]].append((left, top, left + width, top + height))
         classes[thing["image_id"]].append(names[thing["category_id"]])
-    return {file: _drawn(boxes[number], classes[number]) for number, file in files.items()}, list(names.values())
+    stems = {number: file.rpartition(".")[0] or file for number, file in files.items()}
+    if twice := [stem for stem, count in Counter(stems.values()).items() if count > 1]:
+        raise ValueError(f"two pictures are called {twice[0]}")
+    return {stem: _drawn(boxes[number], classes[number]) for number, stem in stems.items()}, list(names.values())
 
 # %% ../nbs/03_detection.ipynb #5a0b1c11
 def _read_drawn(
     path: Path,  # a folder of .xml or .txt files, or a .json file
 ) -> tuple[str, dict[str, Drawn], list[str]]:  # layout; boxes by picture, without suffix; names of classes
     "Boxes in any of the three layouts. Raises FileNotFoundError or ValueError that names the file."
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; boxes are a .json file, or a folder of .xml or .txt files")
     if path.is_file():
         with _oddities(path, "cannot be read as COCO's JSON"):
-            boxes, names = _coco(path)
-        return "COCO", {name.rpartition(".")[0] or name: drawn for name, drawn in boxes.items()}, names
-    texts = [file for file in sorted(path.rglob("*.txt")) if file.name != "classes.txt"]
+            return "COCO", *_coco(path)
+    texts = [file for file in files_below(path, ".txt") if file.name != "classes.txt"]
+    texts = [file for file in texts if "labels" in file.relative_to(path).parts] or texts  # train/labels, train/images
     layout, names = ("YOLO", _yolo_names(path)) if texts else ("Pascal VOC", [])
     found = {}
-    for file in texts or sorted(path.rglob("*.xml")):
+    for file in texts or files_below(path, ".xml"):
         with _oddities(file, f"cannot be read as {layout}"):
             drawn = _yolo(file, names) if texts else _pascal_voc(file)
-        found[file.relative_to(path).with_suffix("").as_posix()] = drawn
+        steps = file.relative_to(path).with_suffix("").parts
+        found["/".join("images" if step == "labels" else step for step in steps)] = drawn
     if not found:
         raise FileNotFoundError(f"{path} has no boxes: it has to be a .json file, or a folder of .xml or .txt files")
     return layout, found, names or sorted({name for drawn in found.values() for name in drawn.classes})
 
 # %% ../nbs/03_detection.ipynb #5a0b1c13
+_CLASS = re.compile(r"[\w .,()/+-]{1,60}")  # a name that can stand in a table, a page and a figure
+
+
 class Annotations:
     "Boxes that people drew, as a `PartDetector` that looks at names in place of pixels."
 
     def __init__(
         self,
-        path: str | Path,      # a folder of Pascal VOC or YOLO, or COCO's JSON
-        images: Path,          # the folder of the pictures
-        names: Sequence[str],  # of these
+        path: str | Path,  # a folder of Pascal VOC or YOLO, or COCO's JSON
+        faces: FaceSet,    # the pictures
     ):
-        "Raises FileNotFoundError or ValueError for what cannot be read, or is of none of these pictures."
+        "Raises FileNotFoundError or ValueError for what cannot be read, or does not fit these pictures."
         layout, self.drawn, classes = _read_drawn(Path(path))
-        self.images, self.classes = images, tuple(dict.fromkeys(classes))
-        if not any(self._key(name) in self.drawn for name in names):
-            raise ValueError(f"{path} has boxes for {next(iter(self.drawn), 'no picture')}, and not for {names[0]}")
+        self.images, self.classes = faces.images, tuple(dict.fromkeys(classes))
+        if odd := [name for name in self.classes if not _CLASS.fullmatch(name)]:
+            allowed = "a name has 1 to 60 letters, digits, spaces or . , ( ) / + -"
+            raise ValueError(f"{path} has a class {odd[0][:60]!r}; {allowed}")
+        self._refuse_pictures(path, faces.table["name"])
         boxes = {name: [each.boxes.tolist(), each.classes] for name, each in self.drawn.items()}
         sha256 = hashlib.sha256(json.dumps(boxes, sort_keys=True).encode()).hexdigest()
         self.settings = {"weights": f"people ({layout})", "sha256": sha256, "classes": list(self.classes)}
         self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
-    def _key(self, name: str) -> str:
-        "What the boxes call a picture: its path without suffix, or the end of that."
+    def _refuse_pictures(self, path: str | Path, names: "pd.Series") -> None:
+        "Raise ValueError where the boxes are of none of them, or of two at once."
+        of: dict[str, str] = {}
+        for name in names:
+            if (key := self._key(name)) and of.setdefault(key, name) != name:
+                raise ValueError(f"{path} has boxes for {key}, and both {of[key]} and {name} may be meant")
+        if not of:
+            raise ValueError(f"{path} has boxes for {next(iter(self.drawn))}, and not for {names.iloc[0]}")
+
+    def _key(self, name: str) -> str | None:
+        "What the boxes call a picture: its path without suffix, or the end of that; None: nobody drew any."
         steps = name.rpartition(".")[0].split("/")
         ends = ("/".join(steps[first:]) for first in range(len(steps)))
-        return next((end for end in ends if end in self.drawn), "")
+        return next((end for end in ends if end in self.drawn), None)
 
     def __call__(
         self,
@@ -490,10 +514,14 @@ class Annotations:
         classes = [name for name, there in zip(drawn.classes, kept) if there]
         return Detections(boxes[kept], classes, np.ones(len(classes), np.float32))
 
-
+# %% ../nbs/03_detection.ipynb #5a0b1c17
 def drawn_boxes(
     faces: FaceSet,
-    names: Sequence[str],  # of some of its images
-) -> Annotations | None:   # None: nobody drew any
-    "The boxes that lie beside the images of a source."
-    return Annotations(faces.annotations, faces.images, names) if faces.annotations else None
+) -> Annotations | None:  # None: nobody drew any
+    "The boxes that lie beside the images of a source. Raises ValueError for those that cannot be used."
+    if not faces.annotations:
+        return None
+    try:
+        return Annotations(faces.annotations, faces)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; mend it, or take {faces.annotations} away to go on without boxes") from error

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'NUMBER', 'MAX_LINE', 'SPLITS', 'PEOPLE', 'ATTRIBUTES', 'Place', 'NOT_LOOKED_INTO', 'ALIGNED',
            'MASK_COLOURS', 'FEWEST', 'ANNOTATIONS', 'LINE_SECONDS', 'find_data', 'read_lines', 'Row', 'read_rows',
-           'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'find_faces', 'Unusable', 'Pixels',
-           'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'FaceDataset', 'epoch_keys', 'EpochBatches']
+           'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'find_faces', 'Unusable',
+           'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'FaceDataset', 'epoch_keys',
+           'EpochBatches']
 
 # %% ../nbs/02_faces.ipynb #12008bb4
 import csv
@@ -604,23 +605,30 @@ def _arranged(
     return root.joinpath(*base), people, split_of
 
 # %% ../nbs/02_faces.ipynb #9d97fba3
+def _spanning(
+    people: dict[str, str],  # who is on each image, "" where unknown
+    splits: dict[str, str],  # from folders, empty where the hash decides
+) -> list[str]:
+    "A note on people in several splits at once, where there are any."
+    of_people: dict[str, set[str]] = {}
+    for name, person in people.items():
+        of_people.setdefault(person, set()).add(splits.get(name, ""))
+    both = sum(len(found) > 1 for person, found in of_people.items() if person)
+    return [f"people in more than one split: {both:,}"] if both else []
+
+# %% ../nbs/02_faces.ipynb #d9d33128
 def _said_of(
     people: dict[str, str],     # from folders
     same: list[list[str]],      # equal files
     splits: dict[str, str],     # from folders, empty where the hash decides
 ) -> list[str]:
     "What was made of the folders, and what is in several splits at once."
-    of_people: dict[str, set[str]] = {}
-    for name, person in people.items():
-        of_people.setdefault(person, set()).add(splits.get(name, ""))
-    of_people.pop("", None)
     notes = ["split by its folders"] if splits else []
-    if of_people:
-        notes.append(f"{len(of_people):,} people, a folder each")
+    if count := len(set(people.values()) - {""}):
+        notes.append(f"{count:,} people, a folder each")
     elif not splits and any("/" in name for name in people):
         notes.append("numbered folders are one set")
-    if both := sum(len(found) > 1 for found in of_people.values()):
-        notes.append(f"people in more than one split: {both:,}")
+    notes += _spanning(people, splits)
     if not splits and same:
         notes.append(f"equal files, kept in one split: {sum(map(len, same)):,}")
     if twice := sum(len({splits.get(name) for name in group}) > 1 for group in same):
@@ -643,6 +651,7 @@ def _without_partition(
     if people_table:
         table["person"] = _people_on(table["name"], people_table)
         people = {name: str(person) if person >= 0 else "" for name, person in zip(names, table["person"])}
+        notes += _spanning(people, splits)
     splits = splits or _split_by_hash(_kept_together(names, people, same))
     table.insert(1, "split", [splits[name] for name in names])
     return images, table, notes
@@ -672,12 +681,33 @@ def _attributes_of(names: pd.Series, table: Path | None) -> pd.DataFrame | None:
     return attributes.rename(index=dict(zip(_last_step(names), names)))
 
 # %% ../nbs/02_faces.ipynb #6bc6942b
+def files_below(
+    folder: Path,
+    *suffixes: str,  # of names, in small letters
+) -> list[Path]:
+    "Sorted; linked folders are looked into, each once."
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [Path(place, name) for name in names if name.lower().endswith(suffixes)]
+    return sorted(found)
+
+# %% ../nbs/02_faces.ipynb #6bc6942f
 ANNOTATIONS = ("labels", "Annotations", "annotations.json")
 
 
 def _find_annotations(root: Path) -> Path | None:
-    "Boxes that people drew, where there are any."
-    return next((root / name for name in ANNOTATIONS if (root / name).exists()), None)
+    "Boxes that people drew, where there are any: a file, or a folder with some."
+    def holds(place: Path) -> bool:
+        return place.is_file() or bool(files_below(place, ".txt", ".xml"))
+
+    if any(holds(place) for place in root.glob(f"*/{ANNOTATIONS[0]}")):
+        return root
+    return next((root / name for name in ANNOTATIONS if holds(root / name)), None)
 
 # %% ../nbs/02_faces.ipynb #6bc6942e
 def find_faces(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FACES_REMEDY', 'OTHER_DOMAIN', 'ORIGINS', 'MEASURED', 'GROUPS', 'QUESTIONS', 'PLACES', 'FACES_OPTION', 'BOX',
            'PALETTE', 'PANELS', 'CURVES', 'EYES', 'THIRDS', 'BY_TONE', 'STYLE', 'report_parameters', 'runs_folder',
-           'named', 'by_variant', 'one_each', 'common', 'usable', 'run_remedy', 'looking', 'check_comparable',
-           'FoundFaces', 'find_run_faces', 'of_faces', 'faces_sentence', 'as_numbers', 'read_table', 'ReportFiles',
-           'kept_table', 'check_names', 'check_scores', 'with_numbers', 'read_per_image', 'read_tables',
+           'named', 'by_variant', 'one_each', 'set_by_variant', 'common', 'usable', 'run_remedy', 'looking',
+           'check_comparable', 'FoundFaces', 'find_run_faces', 'of_faces', 'faces_sentence', 'as_numbers', 'read_table',
+           'ReportFiles', 'kept_table', 'check_names', 'check_scores', 'with_numbers', 'read_per_image', 'read_tables',
            'average_seeds', 'kept_record', 'measure', 'measured_of', 'measure_interpolation', 'measure_network',
            'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell', 'score_table',
            'results_table', 'core_minutes', 'run_table', 'grid_table', 'summary_table', 'published_table',
@@ -114,11 +114,19 @@ def one_each(
     return [seeds[min(seeds)] for seeds in by_variant(runs).values()]
 
 # %% ../nbs/16_reporting.ipynb #3409b320
+def set_by_variant(run: CompleteRun) -> set[str]:
+    "The settings of a run that have the value that its variant gives them."
+    own = (VARIANTS | CONTROLS).get(run.variant, {})
+    return {name for name, value in own.items() if run.config.get(name) == value}
+
+# %% ../nbs/16_reporting.ipynb #3409b321
 def common(run: CompleteRun) -> dict[str, Any]:
     "What all runs of a report share: everything but variant, seed, and what tells variants apart."
-    apart = {*VARIED, "variant", "seed", "heatmaps"}
-    settings = {name: run.config[name] for name in Config().settings() if name in run.config and name not in apart}
+    apart, usual = {*VARIED, "variant", "seed", "heatmaps"}, Config().settings()
+    settings = {name: run.config[name] for name in usual if name in run.config and name not in apart}
+    settings |= {name: usual[name] for name in set_by_variant(run) & set(settings)}
     faces = {f"{split} faces": found["sha256"][:12] for split, found in run.faces["splits"].items()}
+    faces |= {"boxes": run.faces["boxes"]["sha256"][:12]} if "boxes" in run.faces else {}
     return settings | {"parameters": run.metrics["parameters"]} | faces
 
 # %% ../nbs/16_reporting.ipynb #78dda6c2
@@ -177,12 +185,8 @@ class FoundFaces:
 
     faces: FaceSet
     test: Pixels
-    people: list[int] | None  # by test image; None: not known
-
-    @property
-    def drawn(self) -> Annotations | None:
-        "Boxes that people drew, in images of another domain."
-        return drawn_boxes(self.faces, self.test.names)
+    people: list[int] | None          # by test image; None: not known
+    drawn: Annotations | None = None  # boxes that people drew, in images of another domain
 
 # %% ../nbs/16_reporting.ipynb #61bb5f2e
 def find_run_faces(
@@ -201,15 +205,21 @@ def find_run_faces(
             "name its faces (facesr study --data FOLDER, or -p data FOLDER of report.ipynb), "
             "or train on these with another folder for results"
         )
+    drawn = drawn_boxes(faces)
+    if (drawn and drawn.settings) != run.faces.get("boxes"):
+        raise ValueError(
+            f"{run.label} was measured inside other boxes than those that lie beside its images now; "
+            "restore these, or train again with another folder for results"
+        )
     people = faces.people(test.names)
-    return FoundFaces(faces, test, None if min(people) < 0 else people)
+    return FoundFaces(faces, test, None if min(people) < 0 else people, drawn)
 
 # %% ../nbs/16_reporting.ipynb #8a765135
 def of_faces(run: CompleteRun) -> bool:
     "Whether its images are faces, and not another domain, whose parts people have drawn."
     return "boxes" not in run.faces
 
-
+# %% ../nbs/16_reporting.ipynb #8a765136
 OTHER_DOMAIN = (
     "They are of another domain: what is said of faces and people is meant of these images and their groups, "
     "and boxes are those that people drew. "
@@ -348,7 +358,7 @@ def with_numbers(
     return table
 
 # %% ../nbs/16_reporting.ipynb #e085a617
-MEASURED = [name for name, metric in METRICS.items() if metric.group != "identity"]  # by every run
+MEASURED = [name for name, metric in METRICS.items() if metric.group != "identity"]  # by every run on faces
 
 
 def read_per_image(
@@ -416,7 +426,7 @@ def measure(
     batches, count = predict(model, found.test), len(found.test.names)
     table = evaluate(tqdm(batches, f"measuring {stamp.stem}", -(-count // 10), leave=False), evaluator)
     table.insert(1, "person", found.people)
-    if made_of.get("identity"):
+    if "identity" in made_of:
         evaluated = predict(model, one_face_each(found.test, found.people))
         table = table.merge(evaluate(evaluated, Evaluator((), groups=("identity",))), on="name", how="left")
     target = Grid()
@@ -431,7 +441,7 @@ def measured_of(found: FoundFaces) -> dict[str, Any]:
     "The faces and measures that a kept table has to be of."
     detector = found.drawn or bundled_detector()
     known = {"detector": detector.fingerprint, "people": found.people is not None}
-    if found.people and not found.drawn and find_spec("dlib"):
+    if found.people and not found.drawn and find_spec("dlib") and find_spec("face_recognition_models"):
         known["identity"] = True
     return {"faces": found.test.fingerprint, "metrics": MEASURED, "grid": list(GRID_PERIODS)} | known
 
@@ -447,7 +457,7 @@ def measure_interpolation(
     stamps = [place / "interpolation" / f"{method}.json" for place in (folder, *kept)]
     made_of = measured_of(found)
     there = [stamp for stamp in stamps if stamp.is_file() and stamp.with_suffix(".csv").is_file()]
-    if not any(kept_record(stamp)["made of"] == made_of for stamp in there):
+    if not any(made_of.items() <= kept_record(stamp)["made of"].items() for stamp in there):
         measure(stamps[0], lambda lr: interpolate(lr, method), found, kernel, made_of)
 
 
@@ -652,12 +662,16 @@ class Question:
     subject: str                 # what gains or costs
     variant: str
     references: tuple[str, ...]  # the first that was compared counts
+    of_parts: str = ""           # the title where images are of another domain; empty: the same
 
 
 QUESTIONS = (
     Question("Does the map help?", "the map", "heatmap", ("uniform",)),
     Question("Or only the absolute error?", "the absolute error without a map", "uniform", ("baseline",)),
-    Question("Or only where faces usually have eyes?", "the map of this very face", "heatmap", ("shuffled", "mean")),
+    Question(
+        "Or only where faces usually have eyes?", "the map of this very face", "heatmap", ("shuffled", "mean"),
+        "Or only where parts usually are?",
+    ),
 )
 PLACES = {"psnr": "the whole image", "psnr_eye_landmarks": "the eyes", "psnr_eye": "the eyes"}
 
@@ -667,7 +681,7 @@ def place_of(metric: str) -> str:  # empty: it is none of PSNR in a place that i
     own = f"the boxes of {metric.removeprefix(IN_BOXES)}" if metric.startswith(IN_BOXES) else ""
     return PLACES.get(metric, own)
 
-
+# %% ../nbs/16_reporting.ipynb #d716d7f0
 def in_places(
     rows: Sequence[pd.Series],  # of the comparisons, of one pair
 ) -> list[pd.Series]:
@@ -705,7 +719,7 @@ def run_options(
     out: Path | None = None,  # where the runs are; None: in the usual folder
 ) -> str:
     "Of `facesr train`, for another variant that can be compared with this run."
-    config, apart = run.config, {*VARIED, "variant", "preset", "seed"}
+    config, apart = run.config, {*VARIED, *set_by_variant(run), "variant", "preset", "seed"}
     usual = Config(**PRESETS[config["preset"]]).settings()
     changed = {k: config[k] for k in usual if k in config and k not in apart and config[k] != usual[k]}
     said = [f"--preset {config['preset']}" + FACES_OPTION[run.faces["origin"]]]
@@ -740,11 +754,13 @@ def answer(
     "The answer to a question, whole image and eyes, with intervals."
     rows = {tuple(row[["variant", "reference", "metric"]]): row for _, row in comparisons.iterrows()}
     told = [r for r in question.references if (question.variant, r, "psnr") in rows]
+    own = any(metric.startswith(IN_BOXES) for _, _, metric in rows)
+    title = question.of_parts if own and question.of_parts else question.title
     if not told:
-        return f"**{question.title}** {how_to_answer(question, comparisons, options)}"
+        return f"**{title}** {how_to_answer(question, comparisons, options)}"
     found = in_places([row for key, row in rows.items() if key[:2] == (question.variant, told[0])])
     said = [answer_about(row, question.subject) for row in found]
-    return " ".join([f"**{question.title}**", *said, chance(found[0])])
+    return " ".join([f"**{title}**", *said, chance(found[0])])
 
 # %% ../nbs/16_reporting.ipynb #07361b2d
 def answers(
@@ -1038,6 +1054,8 @@ def draw_panel(
     rows, places = comparisons.set_index(["metric", "reference", "variant"]), inside_of(comparisons["metric"])
     for i, variant in enumerate(variants):
         for x, name in enumerate(places):
+            if (name, reference, variant) not in rows.index:  # a part that no image of these runs has
+                continue
             row, at = rows.loc[(name, reference, variant)], x + 0.22 * (i - (len(variants) - 1) / 2)
             style = {"fmt": "o", "ms": 5, "capsize": 3, "color": PALETTE[variant]}
             label = variant if x == 0 else None
@@ -1277,7 +1295,7 @@ def measure_map_weights(
     kinds, config = [kind for kind in dict.fromkeys(weighed) if kind != "uniform"], runs[0].config
     names = found.faces.names("train", config["train_faces"])
     train = read_pixels(found.faces.images, names, config["degradation"], config["skip_unreadable"])
-    return map_weight_table(kinds, train, store, drawn_boxes(found.faces, train.names))
+    return map_weight_table(kinds, train, store, found.drawn)
 
 # %% ../nbs/16_reporting.ipynb #0c4b0075
 def slice_table(
@@ -1481,6 +1499,11 @@ def limits_of_choices(runs: Sequence[CompleteRun]) -> list[str]:
             if judged
             else "Eyes, nose and mouth are scored inside the boxes of the detector that also made the heatmaps. "
             "Better there means better where the loss was told to look, and is no finding about what people see."
+        )
+    if "heatmap" in trained and not of_faces(runs[0]):
+        said.append(
+            "Parts are scored inside boxes that people drew. Heatmaps were made of the same boxes, or by a detector "
+            "that learnt from the like: better there means better where the loss was told to look."
         )
     if "uniform" in trained:
         said.append(

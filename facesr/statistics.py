@@ -249,13 +249,17 @@ def _compare_pair(
     metric: str,
     comparisons: int,                 # so many are made together
 ) -> dict[str, float] | None:         # None where the two share no seed with this metric
-    "On the faces, averaged over the seeds that both have; over seeds and people, where there are at least two seeds."
+    """On the faces, averaged over the seeds that both have; over seeds and people, where there are two of each.
+
+    None also where no image has this metric."""
     seeds = sorted(set(ours) & set(theirs))
     if not seeds or any(metric not in tables[seed] for tables in (ours, theirs) for seed in seeds):
         return None
     averaged = [_mean_of_seeds(tables, seeds, metric) for tables in (ours, theirs)]
     row = paired_difference(*averaged, metric, comparisons)
-    if len(seeds) > 1:
+    if not row["n"]:
+        return None
+    if len(seeds) > 1 and row["people"] > 1:
         each = pd.concat([_differences(ours[seed], theirs[seed], metric) for seed in seeds], axis=1, join="inner")
         who = averaged[0].set_index("name").filter(["person"]).reindex(each.index).dropna()
         row |= over_both(each.to_numpy(), who["person"] if len(who) == len(each) and "person" in who else None)

@@ -687,7 +687,7 @@ def store_path(
     faces: FaceSet,
 ) -> Path:
     "Where the heatmaps of a source of faces are kept: results/heatmaps/<source>.h5"
-    root = faces.images if faces.origin == "folder" else faces.images.parent
+    root = faces.images if faces.origin == "folder" and faces.images.name != "images" else faces.images.parent
     return Path(out) / "heatmaps" / f"{'bundled' if faces.origin == 'bundled' else root.resolve().name}.h5"
 
 # %% ../nbs/05_store.ipynb #72456ff7

@@ -20,7 +20,7 @@ from .degradation import KERNELS
 from .model import CONVS
 
 # %% ../nbs/12_study.ipynb #7583ba4e
-VARIED = ("attention_weight", "attention_map", "supervision", "pixel_weight")
+VARIED = ("attention_weight", "attention_map", "supervision")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # MSE + perceptual

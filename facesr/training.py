@@ -103,6 +103,12 @@ def open_heatmaps(
     "The store that the run reads. Raises ValueError where it lacks a face, or was made of other images."
     if not needs_heatmaps(config):
         return None
+    if faces.annotations and not config.heatmaps:
+        raise ValueError(
+            "the bundled detector looks for parts of faces, and these images have boxes of others; make heatmaps"
+            f" of them (facesr heatmaps make --detector {faces.annotations} --parts PARTS.csv --out STORE.h5),"
+            " and name these: heatmaps=STORE.h5"
+        )
     if config.heatmaps:
         store = HeatmapStore(Path(config.heatmaps).expanduser())
     else:
@@ -563,7 +569,7 @@ class Trainer:
                 self.report(line)
         self.faces, self.pixels = read_faces(config, data, self.report)
         refuse_other_faces(self.folder, self.pixels)
-        train, self.drawn = self.pixels["train"], drawn_boxes(self.faces, self.pixels["test"].names)
+        train, self.drawn = self.pixels["train"], drawn_boxes(self.faces)
         self.batches = batches_for(config, len(train.names), self.accelerator)
         self.total_steps = config.epochs * len(self.batches)
         claim(self)

@@ -256,7 +256,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(hf_hub_download(name.removeprefix(HUB), HUB_WEIGHTS))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name} cannot be fetched ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{name} cannot be fetched ({reason})") from error
 
 
 def _weights_file(name_or_path: str | Path) -> Path:
@@ -271,7 +272,7 @@ def _weights_file(name_or_path: str | Path) -> Path:
         )
     return path
 
-
+# %% ../nbs/18_upscale.ipynb #83b0f08b
 def usable(
     device: str | torch.device,  # as PyTorch names it
 ) -> torch.device:
@@ -666,38 +667,50 @@ def export_onnx(
 def _card_head(
     name: str,
     scores: dict[str, dict],  # metric -> mean ...; empty: not known
+    data: str = "celeba",     # of which images, in a word
 ) -> str:                     # YAML
     "What a card on the hub says to machines."
     from huggingface_hub import EvalResult, ModelCardData
 
     measured = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
-    about = {"task_type": "image-to-image", "dataset_type": "celeba", "dataset_name": "the run's test faces"}
+    about = {"task_type": "image-to-image", "dataset_type": data, "dataset_name": "the run's test images"}
     results = [
         EvalResult(**about, metric_type=key, metric_name=label, metric_value=round(scores[key]["mean"], 4))
         for key, label in measured.items()
         if key in scores
     ]
-    data = ModelCardData(
+    card = ModelCardData(
         license="other", license_name="research-only", license_link="README.md", library_name="facesr",
-        pipeline_tag="image-to-image", tags=["super-resolution", "face", "celeba"], metrics=list(measured),
+        pipeline_tag="image-to-image", tags=["super-resolution", data], metrics=list(measured),
         model_name=name, eval_results=results or None,
     )
-    return data.to_yaml().strip()
+    return card.to_yaml().strip()
 
 # %% ../nbs/18_upscale.ipynb #1b20a153
 _CARD = """# {name}
 
-8x face super-resolution by [facesr](https://arxiv.org/abs/2605.14166): {settings}, {parameters:,} parameters.
+Super-resolution from 16x16 to 128x128 by facesr: {settings}, {parameters:,} parameters.
 
-**The output is a plausible face, not evidence of who someone is.** Sixteen pixels fit many people. Do not use it to
-identify anyone. Weights trained on CelebA are for non-commercial research.
+**The output is plausible, and no evidence.** Sixteen pixels fit many faces. Do not use it to identify anyone. Weights
+trained on CelebA are for non-commercial research; those trained on other images may be bound by the licence of these.
 
 ```python
 import facesr
 
-facesr.Upscaler.from_pretrained("hf://OWNER/NAME")("photograph.jpg", prepare="detect").save("face.png")
+facesr.Upscaler.from_pretrained("hf://OWNER/NAME")("image.jpg", prepare="face-crop").save("larger.png")
 ```
 """
+
+
+def _about_run(
+    folder: Path,  # where the weights are
+) -> tuple[dict[str, dict], str]:  # scores on the test images, empty: not known; of which images, in a word
+    "What a run says of its weights. Raises ValueError for a damaged record."
+    if not (folder / "metrics.json").is_file():
+        return {}, "celeba"
+    faces = read_json(folder / "config.json", faces=dict)["faces"]
+    data = "celeba" if faces.get("origin") == "CelebA layout" else "own-images"
+    return read_json(folder / "metrics.json", test=dict)["test"], data
 
 
 def export_hub(
@@ -706,15 +719,16 @@ def export_hub(
 ) -> None:
     "Write weights, configuration and model card. Raises what `from_pretrained` raises, and OSError."
     file, folder = _weights_file(name_or_path), Path(folder)
-    network, run = load_model(file), file.with_name("metrics.json")
+    if folder.resolve() == file.parent.resolve() or (folder / "metrics.json").exists():
+        raise ValueError(f"{folder} is the folder of a run, whose record would be overwritten; choose another")
+    network, (scores, data) = load_model(file), _about_run(file.parent)
     name = file.stem if file.parent == WEIGHTS else folder.resolve().name
     size, settings = parameter_count(network), ", ".join(f"{key} {value}" for key, value in network.settings.items())
     if file.parent == WEIGHTS:
         about = (WEIGHTS / "README.md").read_text(encoding="utf-8")
     else:
         about = _CARD.format(name=name, settings=settings, parameters=size)
-    scores = read_json(run, test=dict)["test"] if run.is_file() else {}
     sizes = {"library_name": "facesr", "lr_size": LR_SIZE, "hr_size": HR_SIZE, "parameters": size}
     write_atomically(folder / HUB_WEIGHTS, model_bytes(network))
     write_json(folder / "config.json", sizes | network.settings)
-    write_atomically(folder / "README.md", f"---\n{_card_head(name, scores)}\n---\n\n{about}")
+    write_atomically(folder / "README.md", f"---\n{_card_head(name, scores, data)}\n---\n\n{about}")

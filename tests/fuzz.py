@@ -748,10 +748,14 @@ def read_report(case: "Case") -> Any:
 
 
 def read_boxes(case: "Case") -> Any:
+    import pandas as pd
+
     from facesr.detection import Annotations
+    from facesr.faces import FaceSet
 
     place = case.victim if case.victim.suffix == ".json" else case.victim.parent
-    found = Annotations(place, case.folder, ["a.png"])(None, ["a.png"])[0]
+    pictures = FaceSet(case.folder, pd.DataFrame({"name": ["a.png"]}), "folder", "for the test")
+    found = Annotations(place, pictures)(None, ["a.png"])[0]
     assert len(found.boxes) == len(found.classes) and ((found.boxes >= 0) & (found.boxes <= 128)).all()
     return found.boxes
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
-from facesr.detection import Annotations
-from facesr.faces import find_faces
+from facesr.detection import Annotations, drawn_boxes
+from facesr.faces import FaceSet, find_faces
 from facesr.store import HeatmapStore
 
 SPLITS = {"train": 24, "val": 6, "test": 6}
@@ -25,7 +25,7 @@ def shapes(random, size):
     image = Image.fromarray(random.integers(90, 130, (size, size, 3), np.uint8))
     draw, boxes = ImageDraw.Draw(image), []
     for kind in range(random.integers(1, 3)):
-        left, top = (int(x) for x in random.integers(4, size // 2 - 2, 2) + kind * size // 2 - kind * 8)
+        left, top = (int(x) for x in random.integers(4, size // 4, 2) + kind * (size // 2 - 8))
         box = (left, top, left + size // 4, top + size // 4)
         (draw.ellipse, draw.rectangle)[kind](box, fill=((200, 40, 60), (40, 60, 200))[kind])
         boxes.append((kind, *box))
@@ -82,7 +82,7 @@ def test_three_layouts_hold_the_same_boxes(domain, other_layouts):
     faces = find_faces(domain)
     names = faces.names("test")
     found = [
-        Annotations(place, faces.images, names)(None, names)
+        Annotations(place, faces)(None, names)
         for place in (domain / "labels", other_layouts / "voc", other_layouts / "coco.json")
     ]
     assert sum(map(len, found[0])) > len(names)
@@ -126,7 +126,7 @@ def test_maps_are_made_of_the_boxes(studied, domain):
     store = HeatmapStore(studied / "shapes.h5")
     assert store.settings["detector"]["weights"] == "people (YOLO)" and store.classes == list(SHAPES)
     faces = find_faces(domain)
-    seen = Annotations(domain / "labels", faces.images, store.names)(None, store.names)
+    seen = drawn_boxes(faces)(None, store.names)
     for drawn, heatmap in zip(seen, store.maps(store.names)[:, 0].numpy()):
         inside = np.zeros((128, 128), bool)
         for left, top, right, bottom in drawn.boxes.round().astype(int):
@@ -160,6 +160,11 @@ def outputs(page):
     return [cell.get("outputs") for cell in json.loads(page)["cells"]]
 
 
+def pictures(folder):
+    "One picture there."
+    return FaceSet(folder, pd.DataFrame({"name": ["a.png"]}), "folder", "for the test")
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -175,15 +180,55 @@ def test_boxes_that_cannot_be_read_are_named(tmp_path, name, content, said):
     (tmp_path / "b" / name).write_text(content)
     place = tmp_path / "b" / (name if name.endswith("json") else "")
     with pytest.raises(ValueError, match=said):
-        Annotations(place, tmp_path, ["a.png"])
+        Annotations(place, pictures(tmp_path))
 
 
-@pytest.mark.parametrize("line", ["0 0.5 0.5 0.1", "7 0.5 0.5 0.1 0.1", "0 nan 0.5 0.1 0.1", "x 0 0 0 0", "-1 0 0 0 0"])
+@pytest.mark.parametrize(
+    "line", ["0 0.5 0.5 0.1", "7 0.5 0.5 0.1 0.1", "0 nan 0.5 0.1 0.1", "x 0 0 0 0", "-1 0 0 0 0", "0 80 80 20 20"]
+)
 def test_a_line_that_is_no_box_is_refused(tmp_path, line):
     (tmp_path / "a.txt").write_text(line)
     (tmp_path / "classes.txt").write_text("disc\n")
     with pytest.raises(ValueError, match="a.txt cannot be read as YOLO"):
-        Annotations(tmp_path, tmp_path, ["a.png"])
+        Annotations(tmp_path, pictures(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["<script>", "a$b", "", "x" * 61, "two\nlines"])
+def test_a_class_that_cannot_stand_in_a_page_is_refused(tmp_path, name):
+    thing = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [thing]}
+    coco["categories"] = [{"id": 1, "name": name}]
+    (tmp_path / "b.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="b.json has a class .*; a name has 1 to 60 letters"):
+        Annotations(tmp_path / "b.json", pictures(tmp_path))
+
+
+def test_pictures_of_one_name_do_not_share_boxes(tmp_path):
+    coco = {"images": [{"id": k, "file_name": "a.png"} for k in (1, 2)], "categories": [], "annotations": []}
+    (tmp_path / "b.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="b.json cannot be read as COCO's JSON .*two pictures are called a"):
+        Annotations(tmp_path / "b.json", pictures(tmp_path))
+
+
+def test_labels_beside_each_split_are_found_and_a_readme_is_none(domain, tmp_path):
+    "Another layout of YOLO: train/images beside train/labels."
+    for split in SPLITS:
+        for kind in ("images", "labels"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / kind).symlink_to(domain / kind / split)
+    (tmp_path / "data.yaml").write_text("names: [disc, square]")
+    (tmp_path / "README.txt").write_text("where these come from")
+    faces, usual = find_faces(tmp_path), find_faces(domain)
+    assert {split: len(faces.names(split)) for split in SPLITS} == SPLITS
+    for split in SPLITS:
+        pairs = zip(drawn_boxes(faces)(None, faces.names(split)), drawn_boxes(usual)(None, usual.names(split)))
+        assert all(np.array_equal(one.boxes, other.boxes) for one, other in pairs)
+
+
+def test_a_domain_with_boxes_is_not_searched_for_faces(command, domain, tmp_path):
+    done = command("train", "heatmap", "--preset", "own", "--data", domain, "--out", tmp_path)
+    assert done.returncode == 1 and "make heatmaps of them (facesr heatmaps make --detector" in done.stderr
+    assert not (tmp_path / "heatmaps").exists()
 
 
 def test_an_entity_that_grows_without_end_is_refused(tmp_path):
@@ -193,4 +238,4 @@ def test_an_entity_that_grows_without_end_is_refused(tmp_path):
         f"<!DOCTYPE annotation [{''.join(lines)}]><annotation><object><name>&a11;</name></object></annotation>"
     )
     with pytest.raises(ValueError, match="a.xml cannot be read as Pascal VOC"):
-        Annotations(tmp_path, tmp_path, ["a.png"])
+        Annotations(tmp_path, pictures(tmp_path))

@@ -443,7 +443,7 @@ class FixedBoxes:
 
     classes, fingerprint, settings = ("eye", "face"), "fixed", {"weights": "none"}
 
-    def __call__(self, images):
+    def __call__(self, images, names=()):
         import numpy as np
 
         from facesr.detection import Detections
@@ -482,7 +482,7 @@ def make_shards(folder: Path) -> None:
     store.make_heatmaps(folder / "store.h5", *arguments, report=lambda line: None)
 
     class Stopped(FixedBoxes):
-        def __call__(self, images):
+        def __call__(self, images, names=()):
             if (folder / "store.h5.parts").is_dir() and len(list((folder / "store.h5.parts").iterdir())) > 1:
                 raise KeyboardInterrupt
             return super().__call__(images)

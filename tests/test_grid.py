@@ -28,9 +28,9 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(execution, "run_notebook", run)
     monkeypatch.setattr(execution, "execute", lambda *a: None)
     monkeypatch.setattr("facesr.reporting.write_report", lambda *a: None)
-    with pytest.raises(RuntimeError, match="1 of 8 runs failed: heatmap \\(seed 3\\): out of luck"):
+    with pytest.raises(RuntimeError, match="1 of 9 runs failed: heatmap \\(seed 3\\): out of luck"):
         study_command("smoke", seed=3, seeds=1, controls=True, out=tmp_path, notebooks=ROOT / "nbs")
-    assert made == ["baseline", "multiscale", "deep", "uniform", "edges", "shuffled", "mean"]
+    assert made == ["baseline", "multiscale", "deep", "uniform", "edges", "shuffled", "mean", "squared"]
     assert "heatmap (seed 3) failed: out of luck" in capsys.readouterr().err
 
 

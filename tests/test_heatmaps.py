@@ -102,7 +102,7 @@ class Counted(FixedBoxes):
     def __init__(self, stop_after=1_000):
         self.seen, self.stop_after = 0, stop_after
 
-    def __call__(self, images):
+    def __call__(self, images, names=()):
         if self.seen + len(images) > self.stop_after:
             raise Stopped
         self.seen += len(images)
@@ -299,7 +299,7 @@ def test_two_processes_that_want_the_same_maps_make_them_once(tmp_path):
     class Noted(FixedBoxes):
         "Writes down how many faces it has seen, and takes its time."
 
-        def __call__(self, images):
+        def __call__(self, images, names=()):
             with open(tmp_path / "seen", "a") as file:
                 file.write(f"{len(images)} ")
             time.sleep(0.3)

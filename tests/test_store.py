@@ -327,7 +327,7 @@ def test_a_store_that_another_process_holds_is_not_called_damaged(tmp_path):
 @pytest.mark.parametrize("trouble", [RuntimeError("out of memory"), OSError("no such device"), KeyError("eye")])
 def test_troubles_of_the_detector_are_its_own(tmp_path, trouble):
     class Failing(FixedBoxes):
-        def __call__(self, images):
+        def __call__(self, images, names=()):
             raise trouble
 
     with pytest.raises(type(trouble)) as told:

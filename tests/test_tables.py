@@ -51,7 +51,6 @@ def test_attributes_keep_their_first_row_however_they_are_saved(tmp_path, top, m
         (read_partition, "image_id,partition\n", "names no image"),
         (read_partition, "a.jpg 0\nb.jpg 0\na.jpg 1\n", r"names a.jpg more than once \(line 3\)"),
         (read_people, "a.jpg 7\nb.jpg 7 7\n", "line 2: found 'b.jpg 7 7'"),
-        (read_people, "person,name\n7,a.jpg\n", "line 2: found '7,a.jpg'"),
         (read_attributes, "image_id,Male,Young\na.jpg,1\n", "the header 'image_id,Male,Young' and 1 columns beside"),
         (read_attributes, "image_id\na.jpg\n", "and 0 columns beside the name do not fit"),
         (read_attributes, "a.jpg,1,-1\n", "has no header, and 2 columns beside the name; CelebA's 40 need no header"),
@@ -72,6 +71,12 @@ def test_attributes_keep_their_first_row_however_they_are_saved(tmp_path, top, m
 def test_a_table_that_is_none_is_refused_with_its_name(tmp_path, read, text, sentence):
     with pytest.raises(ValueError, match="table.csv.* " + sentence):
         read(saved(tmp_path / "table.csv", text))
+
+
+def test_people_are_numbers_and_groups_are_names(tmp_path):
+    with pytest.raises(ValueError, match="i.txt, line 2: found '7,a.jpg'; every line has to be an image name and the"):
+        read_people(saved(tmp_path / "i.txt", "person,name\n7,a.jpg\n"))
+    assert read_people(saved(tmp_path / "g.csv", "name,group\na.jpg,smear 7\n")).to_dict() == {"a.jpg": 0}
 
 
 @pytest.mark.parametrize("read", [read_partition, read_people, read_attributes, read_parts])

@@ -266,6 +266,7 @@ def test_a_page_that_is_opened_again_shows_the_run(training, browser, address, c
     training.run("seed: int = 1")
     training.said("results: results/mine/smoke/baseline/seed1")
     training.choose("File", "Save Notebook")
+    eventually(lambda: "seed: int = 1" in (clone / "nbs" / "train.ipynb").read_text(), "the page is not saved")
     training.page.close()
     again = Training(browser, address, "train")
     assert "facesr runs" in again.page.locator(".jp-Notebook").text_content()

@@ -7,18 +7,17 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'ControlsOption', 'WorkersOption', 'SchedulerOption', 'NotebooksOption', 'STUDIED', 'VariantArgument',
            'SetOption', 'STATES', 'StoreOption', 'SplitOption', 'SkipOption', 'DetectorOption', 'PartsOption',
            'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'DeviceOption',
-           'DETECTORS', 'StoreArgument', 'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption',
-           'ImagesOption', 'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption',
-           'BatchOption', 'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption',
-           'ReportOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption',
-           'NoLpipsOption', 'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument',
-           'WeightsArgument', 'OnnxOption', 'PrecisionOption', 'HubOption', 'say_version', 'facesr', 'home', 'path',
-           'one_of', 'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders', 'aligned',
-           'runs_command', 'print_store', 'chosen_device', 'are_boxes', 'heatmaps_make', 'file_format', 'heatmaps_show',
-           'heatmaps_import', 'heatmaps_export', 'outcome_line', 'say_outcome', 'upscale_command', 'faces_line',
-           'photograph_command', 'known_people', 'people_of', 'number', 'summary_lines', 'evaluate_command',
-           'convert_command', 'export_command', 'flush_output', 'run_app', 'knows_home', 'some_home', 'plain_warnings',
-           'main']
+           'StoreArgument', 'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption',
+           'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption',
+           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption', 'ReportOption',
+           'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
+           'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument',
+           'OnnxOption', 'PrecisionOption', 'HubOption', 'say_version', 'facesr', 'home', 'path', 'one_of',
+           'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command',
+           'print_store', 'chosen_device', 'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import',
+           'heatmaps_export', 'outcome_line', 'say_outcome', 'upscale_command', 'faces_line', 'photograph_command',
+           'known_people', 'people_of', 'number', 'summary_lines', 'evaluate_command', 'convert_command',
+           'export_command', 'flush_output', 'run_app', 'knows_home', 'some_home', 'plain_warnings', 'main']
 
 # %% ../nbs/22_cli.ipynb #e17a8751
 import os
@@ -40,7 +39,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .degradation import KERNELS
-from .detection import Annotations, find_detector, WORLD_WEIGHTS
+from .detection import find_detector
 from .execution import faces_folder, hand_over, notebooks_folder, sentence_of, study_runs
 from .execution import run_in_a_row, run_on_cluster, run_report
 from .faces import SPLITS, duration, find_faces, read_people
@@ -352,20 +351,6 @@ def chosen_device(
         return "cuda"
     return str(usable(asked or "cpu"))
 
-# %% ../nbs/22_cli.ipynb #330e73e8
-DETECTORS = ("bundled", *WORLD_WEIGHTS)  # by name
-
-
-def are_boxes(
-    detector: str,             # what was named in place of one
-    chosen: dict[str, float],  # settings of a network
-) -> bool:
-    "Whether these are boxes that people drew. Raises ValueError for settings that such boxes have not."
-    drawn = detector not in DETECTORS and (Path(detector).is_dir() or detector.endswith(".json"))
-    if drawn and chosen:
-        raise ValueError(f"--{min(chosen)} is for networks; {detector} holds boxes that people drew")
-    return drawn
-
 # %% ../nbs/22_cli.ipynb #330e73e9
 @heatmaps_app.command("make")
 def heatmaps_make(
@@ -395,10 +380,7 @@ def heatmaps_make(
         )
     usual = BUNDLED_PARTS if detector == "bundled" else PUBLISHED_PARTS
     table = read_parts(parts) if parts else usual
-    if are_boxes(detector, chosen):
-        boxes = Annotations(detector, faces)
-    else:
-        boxes = find_detector(detector, list(table), chosen_device(device), **chosen)
+    boxes = find_detector(detector, faces, list(table), chosen_device(device), **chosen)
     drawn, place = Recipe(table, use_confidence, recipe == "published"), out or store_path(default_out(), faces)
     print_store(make_heatmaps(place, faces.images, names, boxes, drawn, skip_unreadable=skip_unreadable))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLED_DETECTOR', 'BUNDLED_CLASSES', 'WORLD_WEIGHTS', 'Detections', 'PartDetector', 'cache_folder',
-           'UltralyticsDetector', 'bundled_detector', 'checkpoint_detector', 'world_detector', 'find_detector', 'Drawn',
-           'Annotations', 'drawn_boxes']
+           'UltralyticsDetector', 'bundled_detector', 'checkpoint_detector', 'world_detector', 'Drawn', 'Annotations',
+           'drawn_boxes', 'find_detector']
 
 # %% ../nbs/03_detection.ipynb #a4e5b294
 import hashlib
@@ -29,7 +29,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from .degradation import central_square, HR_SIZE
-from .faces import FaceSet, files_below, read_lines
+from .faces import coco_files, FaceSet, files_below, read_lines
 from .images import file_content, read_image
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class PartDetector(Protocol):
         names: Sequence[str] = (),  # of their files; a network needs none
     ) -> list[Detections]:          # one an image
         ...
+
+# %% ../nbs/03_detection.ipynb #f80f2b49
+def _sha256(settings: dict) -> str:
+    "The fingerprint of a detector that is decided by its settings."
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/03_detection.ipynb #ae68793a
 def cache_folder() -> Path:
@@ -166,7 +171,7 @@ class UltralyticsDetector:
         self.classes = _class_names(yolo.model.names, weights)
         thresholds = {"confidence": confidence, "iou": iou, "size": size}
         self.settings = {"weights": weights, "sha256": sha256, "classes": list(self.classes), **thresholds}
-        self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = _sha256(self.settings)
 
     def __call__(
         self,
@@ -350,20 +355,6 @@ def world_detector(
         _fetch_world(place)
     return checkpoint_detector(place, prompts, device=device, **settings)
 
-# %% ../nbs/03_detection.ipynb #c8ebfccd
-def find_detector(
-    detector: str | Path,         # "bundled", a name in `WORLD_WEIGHTS`, or a .pt file of Ultralytics
-    prompts: Sequence[str] = (),  # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
-    device: str | torch.device = "cpu",
-    **settings: float,            # confidence, iou, size of the detector; left out: what goes with it
-) -> UltralyticsDetector:
-    "The detector that is meant."
-    if str(detector) == "bundled":
-        return bundled_detector(device=device, **settings)
-    if str(detector) in WORLD_WEIGHTS:
-        return world_detector(prompts, device, str(detector), **settings)
-    return checkpoint_detector(detector, prompts, device=device, **settings)
-
 # %% ../nbs/03_detection.ipynb #5a0b1c02
 class Drawn(NamedTuple):
     "The boxes that people drew in one picture."
@@ -434,6 +425,18 @@ def _coco(path: Path) -> tuple[dict[str, Drawn], list[str]]:
         raise ValueError(f"two pictures are called {twice[0]}")
     return {stem: _drawn(boxes[number], classes[number]) for number, stem in stems.items()}, list(names.values())
 
+# %% ../nbs/03_detection.ipynb #5a0b1c22
+def _coco_together(files: Sequence[Path]) -> tuple[dict[str, Drawn], list[str]]:
+    "The same of several files, one a split. Raises ValueError that names the file."
+    found, names = {}, []
+    for file in files:
+        with _oddities(file, "cannot be read as COCO's JSON"):
+            boxes, classes = _coco(file)
+            if twice := found.keys() & boxes.keys():
+                raise ValueError(f"a picture is called {min(twice)}, as one of another file")
+        found, names = found | boxes, names + classes
+    return found, names
+
 # %% ../nbs/03_detection.ipynb #5a0b1c11
 def _read_drawn(
     path: Path,  # a folder of .xml or .txt files, or a .json file
@@ -441,14 +444,14 @@ def _read_drawn(
     "Boxes in any of the three layouts. Raises FileNotFoundError or ValueError that names the file."
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; boxes are a .json file, or a folder of .xml or .txt files")
-    if path.is_file():
-        with _oddities(path, "cannot be read as COCO's JSON"):
-            return "COCO", *_coco(path)
-    texts = [file for file in files_below(path, ".txt") if file.name != "classes.txt"]
+    if files := [path] if path.is_file() else coco_files(path):
+        return "COCO", *_coco_together(files)
+    pages = files_below(path, ".xml")
+    texts = [] if pages else [file for file in files_below(path, ".txt") if file.name != "classes.txt"]
     texts = [file for file in texts if "labels" in file.relative_to(path).parts] or texts  # train/labels, train/images
     layout, names = ("YOLO", _yolo_names(path)) if texts else ("Pascal VOC", [])
     found = {}
-    for file in texts or files_below(path, ".xml"):
+    for file in texts or pages:
         with _oddities(file, f"cannot be read as {layout}"):
             drawn = _yolo(file, names) if texts else _pascal_voc(file)
         steps = file.relative_to(path).with_suffix("").parts
@@ -479,7 +482,7 @@ class Annotations:
         boxes = {name: [each.boxes.tolist(), each.classes] for name, each in self.drawn.items()}
         sha256 = hashlib.sha256(json.dumps(boxes, sort_keys=True).encode()).hexdigest()
         self.settings = {"weights": f"people ({layout})", "sha256": sha256, "classes": list(self.classes)}
-        self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = _sha256(self.settings)
 
     def _refuse_pictures(self, path: str | Path, names: "pd.Series") -> None:
         "Raise ValueError where the boxes are of none of them, or of two at once."
@@ -525,3 +528,22 @@ def drawn_boxes(
         return Annotations(faces.annotations, faces)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}; mend it, or take {faces.annotations} away to go on without boxes") from error
+
+# %% ../nbs/03_detection.ipynb #c8ebfccd
+def find_detector(
+    detector: str | Path,         # "bundled", a name in `WORLD_WEIGHTS`, a .pt file of Ultralytics, or drawn boxes
+    faces: FaceSet,               # the pictures that drawn boxes have to fit
+    prompts: Sequence[str] = (),  # what to look for, see `checkpoint_detector`; the bundled one finds what it finds
+    device: str | torch.device = "cpu",
+    **settings: float,            # confidence, iou, size of the detector; left out: what goes with it
+) -> PartDetector:
+    "Raises FileNotFoundError or ValueError for what is missing or wrong, and for settings that drawn boxes have not."
+    if str(detector) == "bundled":
+        return bundled_detector(device=device, **settings)
+    if str(detector) in WORLD_WEIGHTS:
+        return world_detector(prompts, device, str(detector), **settings)
+    if not Path(detector).is_dir() and Path(detector).suffix != ".json":
+        return checkpoint_detector(detector, prompts, device=device, **settings)
+    if settings:
+        raise ValueError(f"{min(settings)} is for networks; {detector} holds boxes that people drew")
+    return Annotations(detector, faces)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'NUMBER', 'MAX_LINE', 'SPLITS', 'PEOPLE', 'ATTRIBUTES', 'Place', 'NOT_LOOKED_INTO', 'ALIGNED',
            'MASK_COLOURS', 'FEWEST', 'ANNOTATIONS', 'LINE_SECONDS', 'find_data', 'read_lines', 'Row', 'read_rows',
-           'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'find_faces', 'Unusable',
-           'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'FaceDataset', 'epoch_keys',
-           'EpochBatches']
+           'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'coco_files', 'find_faces',
+           'Unusable', 'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'sent', 'FaceDataset',
+           'epoch_keys', 'EpochBatches']
 
 # %% ../nbs/02_faces.ipynb #12008bb4
 import csv
@@ -157,6 +157,7 @@ def read_partition(
 
 # %% ../nbs/02_faces.ipynb #f80c2141
 PEOPLE = ("identity_CelebA.txt", "groups.csv")  # tables of people, and of groups in other domains
+_GROUP = rf"(?i)(?!.*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$).{{1,200}}"  # no image: columns may be swapped
 
 
 def read_people(
@@ -164,7 +165,7 @@ def read_people(
 ) -> pd.Series:  # number of the person or group by image name
     "Who is on each image. Raises ValueError for a file that is something else."
     if path.suffix == ".csv":
-        groups = _two_columns(path, ".{1,200}", "the name of a group")
+        groups = _two_columns(path, _GROUP, "the name of a group")
         numbers = dict(zip(groups, pd.factorize(np.array(list(groups.values())))[0].tolist()))
     else:
         people = _two_columns(path, "[0-9]{1,9}", "the number of a person")
@@ -697,15 +698,21 @@ def files_below(
     return sorted(found)
 
 # %% ../nbs/02_faces.ipynb #6bc6942f
-ANNOTATIONS = ("labels", "Annotations", "annotations.json")
+ANNOTATIONS = ("labels", "Annotations", "annotations", "annotations.json")
 
 
+def coco_files(folder: Path) -> list[Path]:
+    "Files of boxes below it, by the names that COCO and Roboflow give them."
+    files = files_below(folder, ".json")
+    return [file for file in files if file.name.startswith("instances_") or file.name == "_annotations.coco.json"]
+
+# %% ../nbs/02_faces.ipynb #9079d54d
 def _find_annotations(root: Path) -> Path | None:
     "Boxes that people drew, where there are any: a file, or a folder with some."
     def holds(place: Path) -> bool:
-        return place.is_file() or bool(files_below(place, ".txt", ".xml"))
+        return place.is_file() or bool(files_below(place, ".txt", ".xml") or coco_files(place))
 
-    if any(holds(place) for place in root.glob(f"*/{ANNOTATIONS[0]}")):
+    if any(map(holds, root.glob("*/labels"))) or any(root.glob("*/_annotations.coco.json")):
         return root
     return next((root / name for name in ANNOTATIONS if holds(root / name)), None)
 
@@ -878,6 +885,11 @@ class Batch:
         return [self.lr, *self.targets.values()] + ([] if self.heatmap is None else [self.heatmap])
 
 # %% ../nbs/02_faces.ipynb #d037e7c2
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    "The tensor on a device. To a GPU it goes by way of pinned memory, and the processor does not wait for it."
+    return x.to(device) if device.type != "cuda" or x.is_cuda else x.pin_memory().to(device, non_blocking=True)
+
+# %% ../nbs/02_faces.ipynb #d037e7c0
 class FaceDataset:
     "Decoded faces, handed out in batches."
 
@@ -886,25 +898,26 @@ class FaceDataset:
         pixels: Pixels,
         # heatmaps [B, 1, 128, 128] by file name, for example those of a HeatmapStore
         maps: Callable[[Sequence[str]], Tensor] | None = None,
+        device: torch.device | None = None,  # where batches are made, of faces sent as 8 bit; None: where the faces are
     ):
-        self.pixels, self.maps = pixels, maps
+        self.pixels, self.maps, self.device = pixels, maps, device
 
     def batch(
         self,
         keys: Sequence[tuple[int, bool]],  # row, mirrored
     ) -> Batch:
-        device = self.pixels.levels[PYRAMID_SIZES[0]].device
+        home = self.pixels.levels[PYRAMID_SIZES[0]].device
+        device = self.device or home
         places, flips = zip(*keys)
-        rows = torch.tensor(places).to(device, non_blocking=True)
-        mirrored = torch.tensor(flips).to(device, non_blocking=True)[:, None, None, None]
+        rows, mirrored = sent(torch.tensor(places), home), sent(torch.tensor(flips), device)[:, None, None, None]
         levels = {}
         for size, level in self.pixels.levels.items():
-            x = to_float(level[rows])
+            x = to_float(sent(level[rows], device))
             levels[size] = torch.where(mirrored, x.flip(-1), x).contiguous(memory_format=torch.channels_last)
         names = [self.pixels.names[row] for row in places]
         heatmap = None
         if self.maps is not None:
-            h = self.maps(names)
+            h = sent(self.maps(names), device)
             heatmap = torch.where(mirrored, h.flip(-1), h)
         return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
 
@@ -926,7 +939,7 @@ def _kept(
     stored = torch.empty(len(names), 1, *2 * PYRAMID_SIZES[:1], dtype=torch.half, device=device)
     for start in range(0, len(names), step):
         stored[start : start + step] = maps(names[start : start + step]).to(device)
-    return lambda wanted: stored[torch.tensor([row[name] for name in wanted]).to(device, non_blocking=True)].float()
+    return lambda wanted: stored[sent(torch.tensor([row[name] for name in wanted]), stored.device)].float()
 
 # %% ../nbs/02_faces.ipynb #c2b89ed5
 def epoch_keys(

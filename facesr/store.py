@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'SHARD', 'LONGEST_SAID', 'CHUNK_BYTES', 'LONGEST_NAME', 'COMPARED', 'PUBLISHED_ROWS', 'IMAGE_TOLERANCE',
-           'source_of', 'StoreFile', 'HeatmapStore', 'make_heatmaps', 'store_path', 'read_names', 'export_published',
-           'squeezed_face', 'import_published', 'coverage', 'mean_map', 'coverage_figure']
+           'source_of', 'StoreFile', 'HeatmapStore', 'usual_batch', 'make_heatmaps', 'store_path', 'read_names',
+           'export_published', 'squeezed_face', 'import_published', 'coverage', 'mean_map', 'coverage_figure']
 
 # %% ../nbs/05_store.ipynb #b53c9c45
 import hashlib
@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from glob import escape
 from importlib.metadata import version
+from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -626,6 +627,13 @@ def _refuse_other_images(path: Path, images: Path, names: Sequence[str], done: S
 # %% ../nbs/05_store.ipynb #70df19e1
 def _refuse_request(names: Sequence[str], detector: PartDetector, recipe: Recipe) -> None:
     "Raise ValueError for a class that the detector does not know, and for a name that is there twice."
+    try:
+        signature(detector).bind(None, names)
+    except TypeError as error:
+        raise ValueError(
+            f"the detector, {type(detector).__name__}, is called with images and the names of their files: "
+            "__call__(self, images, names=())"
+        ) from error
     if unknown := sorted(set(recipe.parts) - set(detector.classes)):
         raise ValueError(
             f"parts names {', '.join(unknown)}, which the detector does not know; "
@@ -636,6 +644,11 @@ def _refuse_request(names: Sequence[str], detector: PartDetector, recipe: Recipe
     if odd := [name for name in names if name.encode(errors="replace").decode() != name]:
         raise ValueError(f"names holds {odd[0]!r}, which is no text in UTF-8; give the image another name")
 
+# %% ../nbs/05_store.ipynb #6dd7f216
+def usual_batch(detector: PartDetector) -> int:
+    "So many faces a detector looks at together: more on a GPU, which would wait for the next ones."
+    return 256 if getattr(getattr(detector, "device", None), "type", "") == "cuda" else 64
+
 # %% ../nbs/05_store.ipynb #6dd7f217
 def make_heatmaps(
     path: str | Path,      # of the store; made, or added to
@@ -643,7 +656,7 @@ def make_heatmaps(
     names: Sequence[str],  # file names
     detector: PartDetector,
     recipe: Recipe,
-    batch_size: int = 64,                   # faces at a time
+    batch_size: int | None = None,          # faces at a time; None: see `usual_batch`
     skip_unreadable: bool = False,          # leave out files that cannot be decoded instead of stopping
     report: Callable[[str], None] = print,  # gets a line now and then
 ) -> HeatmapStore:
@@ -653,7 +666,8 @@ def make_heatmaps(
     path = Path(path)
     _refuse_request(names, detector, recipe)
     settings = _kind(detector, recipe)
-    make_shard = partial(_make_shard, detector=detector, recipe=recipe, batch_size=batch_size, settings=settings)
+    batch = batch_size or usual_batch(detector)
+    make_shard = partial(_make_shard, detector=detector, recipe=recipe, batch_size=batch, settings=settings)
     with _alone(path):
         store = HeatmapStore(path) if path.exists() else None
         if store:

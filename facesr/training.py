@@ -420,7 +420,7 @@ def resident(
     device: torch.device,
     report: Callable[[str], None],
 ) -> FaceDataset:
-    "The dataset on a GPU, where it takes at most half of the memory that is free there; else as it is."
+    "The dataset for a GPU, and on it where it takes at most half of the memory that is free there."
     if device.type != "cuda":
         return dataset
     sizes = sum(level.nbytes for level in dataset.pixels.levels.values())
@@ -428,7 +428,7 @@ def resident(
     free, _ = torch.cuda.mem_get_info(device)
     where = "the GPU's" if 2 * (sizes + maps) <= free else "main"
     report(f"faces and heatmaps are kept in {where} memory: {(sizes + maps) / 2**20:,.0f} MB")
-    return dataset.to(device) if where != "main" else dataset
+    return dataset.to(device) if where != "main" else FaceDataset(dataset.pixels, dataset.maps, device)
 
 
 def gpu_line(accelerator: Accelerator) -> str:  # empty: there is none

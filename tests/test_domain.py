@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import FACESR, ROOT
 from PIL import Image, ImageDraw
 
 from facesr.detection import Annotations, drawn_boxes
@@ -105,15 +105,14 @@ def studied(domain, tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     (work / "parts.csv").write_text("class,weight,fade\ndisc,4,centre\nsquare,4,rim\n")
     store, results = work / "shapes.h5", work / "results"
-    command = [sys.executable, "-c", "from facesr import main; main()"]
     data, out = ("--data", domain), ("--out", results)
     train = ["--preset", "own", *data, *out, *(word for setting in SETTINGS for word in ("--set", setting))]
     papermill = [sys.executable, "-m", "papermill", "nbs/report.ipynb", work / "report.ipynb", "--no-progress-bar"]
     lines = [
-        [*command, "heatmaps", "make", *data, "--detector", domain / "labels", "--parts", work / "parts.csv"]
+        [FACESR, "heatmaps", "make", *data, "--detector", domain / "labels", "--parts", work / "parts.csv"]
         + ["--out", store],
-        *([*command, "train", variant, *train] for variant in ("baseline", "uniform")),
-        [*command, "train", "heatmap", *train, "--set", f"heatmaps={store}"],
+        *([FACESR, "train", variant, *train] for variant in ("baseline", "uniform")),
+        [FACESR, "train", "heatmap", *train, "--set", f"heatmaps={store}"],
         [*papermill, "-p", "preset", "own", "-p", "data", domain, "-p", "out", results],
     ]
     for line in lines:
@@ -223,6 +222,27 @@ def test_labels_beside_each_split_are_found_and_a_readme_is_none(domain, tmp_pat
     for split in SPLITS:
         pairs = zip(drawn_boxes(faces)(None, faces.names(split)), drawn_boxes(usual)(None, usual.names(split)))
         assert all(np.array_equal(one.boxes, other.boxes) for one, other in pairs)
+
+
+@pytest.mark.parametrize("layout", ["annotations/instances_{}.json", "{}/_annotations.coco.json"])
+def test_files_of_coco_are_found_where_its_tools_leave_them(domain, other_layouts, tmp_path, layout):
+    whole = json.loads((other_layouts / "coco.json").read_text())
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        images = [image for image in whole["images"] if image["file_name"].startswith(split)]
+        named = [image | {"file_name": image["file_name"].replace("/", "-")} for image in images]
+        for image, plain in zip(images, named):
+            (tmp_path / split / plain["file_name"]).symlink_to(domain / "images" / image["file_name"])
+        things = [thing for thing in whole["annotations"] if thing["image_id"] in {image["id"] for image in images}]
+        (place := tmp_path / layout.format(split)).parent.mkdir(exist_ok=True)
+        place.write_text(json.dumps(whole | {"images": named, "annotations": things}))
+    (tmp_path / "README.roboflow.txt").write_text("about the pictures")
+    faces, usual = find_faces(tmp_path), find_faces(domain)
+    for split in SPLITS:
+        pairs = zip(drawn_boxes(faces)(None, faces.names(split)), drawn_boxes(usual)(None, usual.names(split)))
+        for one, other in pairs:
+            np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
+            assert one.classes == other.classes
 
 
 def test_a_domain_with_boxes_is_not_searched_for_faces(command, domain, tmp_path):

@@ -58,10 +58,13 @@ def test_captured_steps_are_those_of_the_loop_without_a_graph(dataset):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)  # the rate is a float32 in a graph
 
 
-def test_batches_of_the_card_are_those_of_the_processor(dataset):
-    on_card = dataset.to("cuda")
+@pytest.mark.parametrize("kept", ["on the card", "in main memory"])
+def test_batches_of_the_card_are_those_of_the_processor(dataset, kept):
+    by_batch = FaceDataset(dataset.pixels, dataset.maps, torch.device("cuda"))
+    on_card = dataset.to("cuda") if kept == "on the card" else by_batch
     for keys in EpochBatches(64, 16, seed=0):
         for here, there in zip(dataset.batch(keys).tensors(), on_card.batch(keys).tensors(), strict=True):
+            assert there.is_cuda
             torch.testing.assert_close(there.cpu(), here, atol=5e-4, rtol=0)  # maps are kept in half precision
 
 

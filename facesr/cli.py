@@ -292,7 +292,7 @@ DetectorOption = Annotated[
     typer.Option(
         parser=home,
         help="bundled, world (YOLO-World, fetched once), world-v1 (the paper's), or a .pt file of Ultralytics;"
-        " or boxes that people drew: a folder of Pascal VOC or YOLO, or a .json of COCO.",
+        " or boxes that people drew: a folder of Pascal VOC, YOLO or COCO, or a .json of COCO.",
     ),
 ]
 PartsOption = Annotated[

@@ -241,10 +241,14 @@ def _oddities(weights: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{weights} {what} ({reason})") from error
 
 # %% ../nbs/03_detection.ipynb #eb7c736e
+_BOXES = "a .json file of COCO, or a folder of Pascal VOC (.xml), YOLO (.txt) or COCO (instances_*.json)"
+
+
 def _open_checkpoint(weights: Path) -> "YOLO":
     "The network of a .pt file. Raises FileNotFoundError or ValueError with what is missing or wrong."
     if weights.suffix != ".pt":  # Ultralytics opens other files in other ways, and not all of them safely
-        raise ValueError(f"{weights} is not a .pt file; name one of Ultralytics, 'world' or 'bundled'")
+        known = f"one of Ultralytics, 'world', 'bundled', or boxes: {_BOXES}"
+        raise ValueError(f"{weights} is not a .pt file; name {known}")
     if not weights.is_file():
         raise FileNotFoundError(
             f"there are no detector weights at {weights}; name a .pt file of Ultralytics, 'world' or 'bundled'"
@@ -426,12 +430,15 @@ def _coco(path: Path) -> tuple[dict[str, Drawn], list[str]]:
     return {stem: _drawn(boxes[number], classes[number]) for number, stem in stems.items()}, list(names.values())
 
 # %% ../nbs/03_detection.ipynb #5a0b1c22
-def _coco_together(files: Sequence[Path]) -> tuple[dict[str, Drawn], list[str]]:
-    "The same of several files, one a split. Raises ValueError that names the file."
+def _coco_together(files: Sequence[Path], root: Path) -> tuple[dict[str, Drawn], list[str]]:
+    "The same of several files below a folder, one a split. Raises ValueError that names the file."
     found, names = {}, []
     for file in files:
+        beside = file.name.startswith("_")  # the pictures, which it names from there
         with _oddities(file, "cannot be read as COCO's JSON"):
             boxes, classes = _coco(file)
+            if beside:
+                boxes = {(file.parent.relative_to(root) / stem).as_posix(): drawn for stem, drawn in boxes.items()}
             if twice := found.keys() & boxes.keys():
                 raise ValueError(f"a picture is called {min(twice)}, as one of another file")
         found, names = found | boxes, names + classes
@@ -439,16 +446,17 @@ def _coco_together(files: Sequence[Path]) -> tuple[dict[str, Drawn], list[str]]:
 
 # %% ../nbs/03_detection.ipynb #5a0b1c11
 def _read_drawn(
-    path: Path,  # a folder of .xml or .txt files, or a .json file
+    path: Path,  # a folder, or a .json file
 ) -> tuple[str, dict[str, Drawn], list[str]]:  # layout; boxes by picture, without suffix; names of classes
     "Boxes in any of the three layouts. Raises FileNotFoundError or ValueError that names the file."
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; boxes are a .json file, or a folder of .xml or .txt files")
+        raise FileNotFoundError(f"{path} is not there; boxes are {_BOXES}")
     if files := [path] if path.is_file() else coco_files(path):
-        return "COCO", *_coco_together(files)
-    pages = files_below(path, ".xml")
-    texts = [] if pages else [file for file in files_below(path, ".txt") if file.name != "classes.txt"]
-    texts = [file for file in texts if "labels" in file.relative_to(path).parts] or texts  # train/labels, train/images
+        return "COCO", *_coco_together(files, path if path.is_dir() else path.parent)
+    texts = [file for file in files_below(path, ".txt") if file.name != "classes.txt"]
+    labels = [file for file in texts if "labels" in file.relative_to(path).parts]  # train/labels beside train/images
+    pages = [] if labels else files_below(path, ".xml")
+    texts = labels or ([] if pages else texts)
     layout, names = ("YOLO", _yolo_names(path)) if texts else ("Pascal VOC", [])
     found = {}
     for file in texts or pages:
@@ -457,7 +465,7 @@ def _read_drawn(
         steps = file.relative_to(path).with_suffix("").parts
         found["/".join("images" if step == "labels" else step for step in steps)] = drawn
     if not found:
-        raise FileNotFoundError(f"{path} has no boxes: it has to be a .json file, or a folder of .xml or .txt files")
+        raise FileNotFoundError(f"{path} has no boxes: they are {_BOXES}")
     return layout, found, names or sorted({name for drawn in found.values() for name in drawn.classes})
 
 # %% ../nbs/03_detection.ipynb #5a0b1c13
@@ -545,5 +553,5 @@ def find_detector(
     if not Path(detector).is_dir() and Path(detector).suffix != ".json":
         return checkpoint_detector(detector, prompts, device=device, **settings)
     if settings:
-        raise ValueError(f"{min(settings)} is for networks; {detector} holds boxes that people drew")
+        raise ValueError(f"{min(settings)} is a setting of networks; {detector} holds boxes that people drew")
     return Annotations(detector, faces)

@@ -157,7 +157,6 @@ def read_partition(
 
 # %% ../nbs/02_faces.ipynb #f80c2141
 PEOPLE = ("identity_CelebA.txt", "groups.csv")  # tables of people, and of groups in other domains
-_GROUP = rf"(?i)(?!.*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$).{{1,200}}"  # no image: columns may be swapped
 
 
 def read_people(
@@ -165,7 +164,10 @@ def read_people(
 ) -> pd.Series:  # number of the person or group by image name
     "Who is on each image. Raises ValueError for a file that is something else."
     if path.suffix == ".csv":
-        groups = _two_columns(path, _GROUP, "the name of a group")
+        groups = _two_columns(path, ".{1,200}", "the name of a group")
+        images = {cell: cell.lower().endswith(IMAGE_SUFFIXES) for row in groups.items() for cell in row}
+        if swapped := [name for name, group in groups.items() if images[group] and not images[name]]:
+            raise ValueError(f"{path} names {swapped[0]!r} first; every line has to be an image name and its group")
         numbers = dict(zip(groups, pd.factorize(np.array(list(groups.values())))[0].tolist()))
     else:
         people = _two_columns(path, "[0-9]{1,9}", "the number of a person")
@@ -710,9 +712,12 @@ def coco_files(folder: Path) -> list[Path]:
 def _find_annotations(root: Path) -> Path | None:
     "Boxes that people drew, where there are any: a file, or a folder with some."
     def holds(place: Path) -> bool:
-        return place.is_file() or bool(files_below(place, ".txt", ".xml") or coco_files(place))
+        texts = () if place.name == "annotations" else (".txt",)  # there CelebA's tables may lie
+        return place.is_file() or bool(files_below(place, ".xml", *texts) or coco_files(place))
 
-    if any(map(holds, root.glob("*/labels"))) or any(root.glob("*/_annotations.coco.json")):
+    if any(map(holds, root.glob("*/labels"))):
+        return root
+    if any(any(root.glob(f"{steps}_annotations.coco.json")) for steps in ("", "*/", "*/*/")):
         return root
     return next((root / name for name in ANNOTATIONS if holds(root / name)), None)
 
@@ -887,7 +892,9 @@ class Batch:
 # %% ../nbs/02_faces.ipynb #d037e7c2
 def sent(x: Tensor, device: torch.device) -> Tensor:
     "The tensor on a device. To a GPU it goes by way of pinned memory, and the processor does not wait for it."
-    return x.to(device) if device.type != "cuda" or x.is_cuda else x.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/02_faces.ipynb #d037e7c0
 class FaceDataset:
@@ -917,7 +924,8 @@ class FaceDataset:
         names = [self.pixels.names[row] for row in places]
         heatmap = None
         if self.maps is not None:
-            h = sent(self.maps(names), device)
+            h = self.maps(names)
+            h = h if self.device is None else sent(h.half(), device).float()  # as `_kept` has them
             heatmap = torch.where(mirrored, h.flip(-1), h)
         return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
 

@@ -169,7 +169,11 @@ PLAIN_STEPS = 3  # before a capture
 class Captured:
     "A loop's `plain_move` as a CUDA graph; called like it."
 
+    broken: list[torch.cuda.CUDAGraph] = []  # PyTorch's allocator may still look at these
+
     def __init__(self, loop: "Loop"):
+        if (device := device_of(loop.accelerator)).index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are of the current one
         self.loop, self.kind, self.error, self.stream = loop, None, "", torch.cuda.Stream()
 
     def __call__(self, batch: Batch, rate: float, numbers: Numbers) -> dict[str, Tensor]:
@@ -207,6 +211,7 @@ class Captured:
             return self.terms
         except RuntimeError as error:
             torch.cuda.set_stream(before)
+            self.broken.append(graph)
             self.error = reason_of(error)
             warnings.warn(f"the step cannot be captured as a CUDA graph and runs as it is: {self.error}")
         with aside(self.stream):
@@ -245,7 +250,7 @@ class Loop:
         "Move the weights once. Returns the terms of the loss, unweighted."
         rate = self.left * learning_rate(self.steps, progress, self.config)
         batch, numbers = batch.to(device_of(self.accelerator)), self.objective.numbers(self.steps, progress)
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # a resumed run ends with the same bits
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # to go on to the bit
             terms = self.move(batch, rate, numbers)
         self.steps += 1
         return terms

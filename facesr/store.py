@@ -646,8 +646,9 @@ def _refuse_request(names: Sequence[str], detector: PartDetector, recipe: Recipe
 
 # %% ../nbs/05_store.ipynb #6dd7f216
 def usual_batch(detector: PartDetector) -> int:
-    "So many faces a detector looks at together: more on a GPU, which would wait for the next ones."
-    return 256 if getattr(getattr(detector, "device", None), "type", "") == "cuda" else 64
+    "So many faces a detector looks at together: more on a GPU, if they are small there."
+    device, size = getattr(detector, "device", torch.device("cpu")), detector.settings.get("size", 0)
+    return 256 if device.type == "cuda" and 0 < size <= HR_SIZE else 64
 
 # %% ../nbs/05_store.ipynb #6dd7f217
 def make_heatmaps(

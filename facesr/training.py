@@ -426,9 +426,12 @@ def resident(
     sizes = sum(level.nbytes for level in dataset.pixels.levels.values())
     maps = 0 if dataset.maps is None else 2 * len(dataset.pixels.names) * HR_SIZE**2
     free, _ = torch.cuda.mem_get_info(device)
-    where = "the GPU's" if 2 * (sizes + maps) <= free else "main"
+    there = FaceDataset(dataset.pixels, dataset.maps, device)
+    with suppress(torch.OutOfMemoryError):  # runs that begin together see the same room
+        there = dataset.to(device) if 2 * (sizes + maps) <= free else there
+    where = "the GPU's" if there.device is None else "main"
     report(f"faces and heatmaps are kept in {where} memory: {(sizes + maps) / 2**20:,.0f} MB")
-    return dataset.to(device) if where != "main" else FaceDataset(dataset.pixels, dataset.maps, device)
+    return there
 
 
 def gpu_line(accelerator: Accelerator) -> str:  # empty: there is none
@@ -620,16 +623,17 @@ class Clock:
 
     def tick(self) -> None:
         "A step is done."
-        self.trainer.progress.seconds += time.monotonic() - self.last
-        if self.line.due():
+        line, checkpoint = self.line.due(), bool(self.asked) or self.checkpoint.due()
+        self.count(wait=line or checkpoint)
+        if line:
             self.say(step_line)
-        if self.asked or self.checkpoint.due():
+        if checkpoint:
             self.save()
         self.start()
 
-    def wait(self) -> None:
-        "What a GPU has yet to do belongs to the epoch."
-        if self.trainer.accelerator.device.type == "cuda":
+    def count(self, wait: bool = True) -> None:
+        "The seconds since the last time, with those of what a GPU has yet to do where that is waited for."
+        if wait and self.trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.trainer.progress.seconds += time.monotonic() - self.last
 
@@ -686,7 +690,7 @@ def fit(
             for terms in trainer.loop.epoch(map(dataset.batch, trainer.batches), trainer.total_steps, share):
                 trainer.progress.means.add(terms)
                 clock.tick()
-            clock.wait()
+            clock.count()
             end_epoch(trainer, evaluator)
             if trainer.main:
                 clock.say(epoch_line)

@@ -217,6 +217,8 @@ def test_labels_beside_each_split_are_found_and_a_readme_is_none(domain, tmp_pat
             (tmp_path / split / kind).symlink_to(domain / kind / split)
     (tmp_path / "data.yaml").write_text("names: [disc, square]")
     (tmp_path / "README.txt").write_text("where these come from")
+    (tmp_path / ".idea").mkdir()
+    (tmp_path / ".idea" / "misc.xml").write_text("<project/>")
     faces, usual = find_faces(tmp_path), find_faces(domain)
     assert {split: len(faces.names(split)) for split in SPLITS} == SPLITS
     for split in SPLITS:

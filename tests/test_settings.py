@@ -10,6 +10,7 @@ import torch
 from facesr.degradation import to_uint8
 from facesr.faces import BUNDLED, FaceDataset, find_faces
 from facesr.heatmaps import Part, Recipe
+from facesr.loop import device_of
 from facesr.metrics import predict, psnr
 from facesr.runs import write_atomically
 from facesr.store import make_heatmaps
@@ -95,7 +96,7 @@ def test_a_step_follows_its_own_gradient_and_the_average_follows_the_step(tmp_pa
     loop.step(dataset.batch(first), 0)
     assert not torch.equal(weights(loop.network), start)
     assert torch.equal(weights(loop.network), weights(loop.average.module))  # the first average is what it was moved to
-    alone, batch = copy.deepcopy(loop.network), dataset.batch(second)
+    alone, batch = copy.deepcopy(loop.network), dataset.batch(second).to(device_of(loop.accelerator))
     loop.objective(alone(batch.lr), batch, loop.objective.numbers(loop.steps, 0.5)).total.backward()
     loop.step(batch, 0.5)
     for expected, found in zip(alone.parameters(), loop.network.parameters()):
@@ -106,13 +107,12 @@ def test_averaged_weights_are_scored_and_kept(tmp_path):
     trainer = begun(tmp_path, ema_decay=0.9)
     fit(trainer)
     average, network = trainer.loop.average.module.eval(), trainer.loop.network.eval()
+    device = device_of(trainer.accelerator)
     kept = trainer.progress.best_weights
     assert all(torch.equal(kept[name], weight) for name, weight in average.state_dict().items())
     assert not all(torch.equal(kept[name], weight) for name, weight in network.state_dict().items())
-    scores = [
-        float(torch.cat([psnr(to_uint8(sr), hr) for _, sr, hr, _ in predict(model, trainer.pixels["val"])]).mean())
-        for model in (average, network)
-    ]
+    made = [predict(model, trainer.pixels["val"], device) for model in (average, network)]
+    scores = [float(torch.cat([psnr(to_uint8(sr), hr) for _, sr, hr, _ in batches]).mean()) for batches in made]
     assert trainer.progress.history[0]["val_psnr"] == pytest.approx(scores[0], abs=1e-3)
     assert scores[0] != pytest.approx(scores[1], abs=1e-2)
 

@@ -76,8 +76,10 @@ def test_a_table_that_is_none_is_refused_with_its_name(tmp_path, read, text, sen
 def test_people_are_numbers_and_groups_are_names(tmp_path):
     with pytest.raises(ValueError, match="i.txt, line 2: found '7,a.jpg'; every line has to be an image name and the"):
         read_people(saved(tmp_path / "i.txt", "person,name\n7,a.jpg\n"))
-    with pytest.raises(ValueError, match="g.csv, line 2: found 'smear 7,a.JPG'; every line has to be"):
+    with pytest.raises(ValueError, match="g.csv names 'smear 7' first; every line has to be an image name and"):
         read_people(saved(tmp_path / "g.csv", "group,name\nsmear 7,a.JPG\n"))
+    slides = saved(tmp_path / "s.csv", "name,group\na.jpg,slide.tif\nb.jpg,slide.tif\n")
+    assert read_people(slides).to_dict() == {"a.jpg": 0, "b.jpg": 0}
     assert read_people(saved(tmp_path / "g.csv", "name,group\na.jpg,smear 7\n")).to_dict() == {"a.jpg": 0}
 
 

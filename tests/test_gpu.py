@@ -74,10 +74,10 @@ def test_heatmaps_of_the_card_are_close_to_those_of_the_processor(tmp_path):
     faces = find_faces(BUNDLED)
     names, maps = faces.names("test", 32), []
     for device in ("cpu", "cuda"):
-        detector = bundled_detector(device=device)
-        place = tmp_path / f"{device}.h5"
-        maps.append(make_heatmaps(place, faces.images, names, detector, Recipe(BUNDLED_PARTS), report=str).maps(names))
-    assert (maps[0] - maps[1]).abs().mean() < 5e-3  # a box that is found on one of them alone is 1e-3
+        asked = faces.images, names, bundled_detector(device=device), Recipe(BUNDLED_PARTS)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            maps.append(make_heatmaps(tmp_path / f"{device}.h5", *asked, report=str).maps(names))
+    assert (maps[0] - maps[1]).abs().mean() < 1e-3
 
 
 def test_the_card_upscales_as_the_processor_does(dataset):

@@ -17,7 +17,7 @@ from conftest import BUNDLED, FACESR, ROOT
 from jupyter_client import KernelManager
 
 from facesr import execution, training
-from facesr.runs import RUN_FILES, find_runs, in_use, is_complete
+from facesr.runs import FOLLOW_SECONDS, RUN_FILES, find_runs, in_use, is_complete, read_progress
 from facesr.study import resolve
 
 
@@ -122,11 +122,21 @@ def test_a_page_that_is_interrupted_goes_on_and_shows_what_another_process_has_c
     def waits(printed):
         return "it is followed here" in printed
 
-    printed, shown = page.run_all(parameters, waits, lambda: other.send_signal(SIGCONT))
+    def goes_on():
+        "The other process stands still for two looks at it after its last epoch, or the page might miss that line."
+        other.send_signal(SIGCONT)
+        while "epoch 8/8 done" not in read_progress(run).line:
+            assert other.poll() is None
+            sleep(0.005)
+        other.send_signal(SIGSTOP)
+        sleep(2 * FOLLOW_SECONDS + 1)
+        other.send_signal(SIGCONT)
+
+    printed, shown = page.run_all(parameters, waits, goes_on)
     said = other.communicate()[0]
     assert other.returncode == 0, said
     assert "continuing seed0 at step" in said and "epoch 8/8 done" in said
-    assert shown == [] and "process " in printed and "run complete" in printed  # of its lines, those that are met
+    assert shown == [] and f"process {other.pid}: epoch 8/8 done" in printed and "run complete" in printed
     assert "is complete: nothing is left to train" in printed
 
     made = {path: path.stat().st_mtime_ns for path in run.iterdir()}

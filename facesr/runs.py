@@ -30,6 +30,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -619,15 +620,15 @@ def _commit() -> str | None:
 
 # %% ../nbs/14_runs.ipynb #1513f923
 _PACKAGES = (
-    "facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ultralytics", "opencv-python",
-    "h5py", "numpy", "pillow",
+    "facesr", "torch", "torchvision", "accelerate", "torchmetrics", "ultralytics", "h5py", "numpy", "pillow"
 )
 
 
 def provenance() -> dict[str, Any]:
     "Versions, commit and machine, as recorded in config.json."
+    others = {"opencv": cv2.__version__, "python": platform.python_version()}  # OpenCV has packages of several names
     return {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in _PACKAGES} | others,
         "commit": _commit() or None,
         "platform": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),

@@ -30,6 +30,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import cv2
 import h5py
 import numpy as np
 import pandas as pd
@@ -499,13 +500,13 @@ def _gather(path: Path, sources: Sequence[Path], settings: dict[str, Any]) -> No
 # %% ../nbs/05_store.ipynb #f5a23cf9
 def _kind(detector: PartDetector, recipe: Recipe) -> dict[str, Any]:
     "What decides the maps of a store, as it is recorded in the file."
-    packages = ("facesr", "ultralytics", "opencv-python", "torch", "numpy", "h5py")
+    packages = ("facesr", "ultralytics", "torch", "numpy", "h5py")
     return {
         "classes": list(detector.classes),
         "recipe": recipe.settings,
         "detector": detector.settings,
         "detector_sha256": detector.fingerprint,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages} | {"opencv": cv2.__version__},
     }
 
 # %% ../nbs/05_store.ipynb #3f94c443

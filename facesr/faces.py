@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'NUMBER', 'MAX_LINE', 'SPLITS', 'PEOPLE', 'ATTRIBUTES', 'Place', 'NOT_LOOKED_INTO', 'ALIGNED',
-           'MASK_COLOURS', 'FEWEST', 'ANNOTATIONS', 'LINE_SECONDS', 'find_data', 'read_lines', 'Row', 'read_rows',
-           'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'coco_files', 'find_faces',
-           'Unusable', 'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'sent', 'FaceDataset',
-           'epoch_keys', 'EpochBatches']
+           'MASK_COLOURS', 'FEWEST', 'ANNOTATIONS', 'ROBOFLOW', 'LINE_SECONDS', 'find_data', 'read_lines', 'Row',
+           'read_rows', 'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'coco_files',
+           'find_faces', 'Unusable', 'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'sent',
+           'FaceDataset', 'epoch_keys', 'EpochBatches']
 
 # %% ../nbs/02_faces.ipynb #12008bb4
 import csv
@@ -701,12 +701,13 @@ def files_below(
 
 # %% ../nbs/02_faces.ipynb #6bc6942f
 ANNOTATIONS = ("labels", "Annotations", "annotations", "annotations.json")
+ROBOFLOW = "_annotations.coco.json"  # beside the pictures that it is about
 
 
 def coco_files(folder: Path) -> list[Path]:
     "Files of boxes below it, by the names that COCO and Roboflow give them."
     files = files_below(folder, ".json")
-    return [file for file in files if file.name.startswith("instances_") or file.name == "_annotations.coco.json"]
+    return [file for file in files if file.name.startswith("instances_") or file.name == ROBOFLOW]
 
 # %% ../nbs/02_faces.ipynb #9079d54d
 def _find_annotations(root: Path) -> Path | None:

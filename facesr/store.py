@@ -40,7 +40,7 @@ from PIL import Image
 from torch import Tensor
 
 from .degradation import HR_SIZE, hr_face
-from .detection import PartDetector
+from .detection import PartDetector, settings_sha256
 from .faces import FaceSet, left_out, Pace, Pixels, read_lines, read_pixels
 from .heatmaps import BUNDLED_PARTS, PUBLISHED_PARTS, Recipe, heatmap
 from .images import ShownFigure, read_image
@@ -382,7 +382,7 @@ class StoreFile:
     def fingerprint(self) -> str:
         "SHA-256 of what decides a map, given its face: recipe and detector, or the imported file."
         deciding = {key: value for key, value in self.settings.items() if key != "versions"}
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        return settings_sha256(deciding)
 
     @cached_property
     def counts(self) -> np.ndarray:  # [N, C], C the classes; none are known of imported maps

@@ -10,7 +10,8 @@ __all__ = ['FIXED_FACES', 'SHOWN_EPOCHS', 'RULES', 'EQUIVALENT', 'read_faces', '
            'warn_of_slow_bfloat16', 'obtainable', 'resident', 'gpu_line', 'looks', 'batches_for', 'Interrupted',
            'interruptible', 'until_the_step_ends', 'leave_word', 'claim', 'show_complete', 'resume', 'Trainer', 'Clock',
            'is_over', 'share_of_epoch', 'start_epoch', 'fit', 'best_model', 'counted', 'tested', 'judged',
-           'shown_record', 'shown_outputs', 'config_record', 'metrics_record', 'write_results', 'finish', 'train']
+           'shown_record', 'shown_outputs', 'config_record', 'metrics_record', 'write_results', 'finish', 'judge_later',
+           'train']
 
 # %% ../nbs/15_training.ipynb #9f5b977e
 import hashlib
@@ -46,7 +47,7 @@ from .loop import VGG16, loop_state, on_plateau, restore_loop, why_plain
 from .losses import attention_maps
 from .metrics import Evaluator, evaluate, one_face_each, predict
 from .perceptual import MissingWeights, find_weights
-from .model import SuperResolutionUNet, channels_last, gmac, model_bytes, parameter_count
+from .model import SuperResolutionUNet, channels_last, gmac, load_model, model_bytes, parameter_count
 from .runs import RunProgress, choose_shown, default_out, from_clone, is_complete, load_checkpoint, made_of
 from .runs import provenance, publish, read_json, run_folder, run_state, save_checkpoint, shown_picture, sweep
 from .runs import read_table, take_run, write_atomically, write_json, write_progress
@@ -724,19 +725,26 @@ def tested(trainer: Trainer, model: SuperResolutionUNet) -> tuple[pd.DataFrame, 
     return table, evaluator.grid()
 
 # %% ../nbs/15_training.ipynb #39d92408
-def judged(trainer: Trainer, model: SuperResolutionUNet, table: pd.DataFrame) -> pd.DataFrame:
+def judged(
+    source: FaceSet,
+    test: Pixels,         # its test faces
+    model: SuperResolutionUNet,
+    table: pd.DataFrame,  # a row a test face, as `tested` gives it
+    device: torch.device,
+    report: Callable[[str], None],
+) -> pd.DataFrame:
     """The table, with identity and landmarks for one face a person.
 
     As it is where no people are known, the images are of another domain, or dlib is not there."""
-    if table["person"].isna().any() or trainer.drawn:
+    if table["person"].isna().any() or source.annotations:
         return table
     try:
-        evaluator = Evaluator(lpips=(), groups=("identity",), device=device_of(trainer.accelerator))
+        evaluator = Evaluator(lpips=(), groups=("identity",), device=device)
     except ValueError as error:
-        trainer.report(f"identity and landmarks are not measured: {error}")
+        report(f"identity and landmarks are not measured: {error}")
         return table
-    chosen = one_face_each(trainer.pixels["test"], table["person"])
-    pace = Pace("identity and landmarks", len(chosen.names), trainer.report)
+    chosen = one_face_each(test, table["person"])
+    pace = Pace("identity and landmarks", len(chosen.names), report)
     found = evaluate(counted(predict(model, chosen, evaluator.device), pace), evaluator)
     return table.merge(found, on="name", how="left")
 
@@ -827,13 +835,35 @@ def finish(
     if trainer.complete:
         return read_table(trainer.folder, "per_image.csv")
     with interruptible(trainer):
-        model = best_model(trainer)
+        model, device = best_model(trainer), device_of(trainer.accelerator)
         table, grid = tested(trainer, model)
-        table = judged(trainer, model, table)
+        table = judged(trainer.faces, trainer.pixels["test"], model, table, device, trainer.report)
         write_results(trainer, model, table, grid)
         publish(trainer.folder, made_of(trainer.asked, trainer.root), notebook)
     trainer.free()
     return table
+
+# %% ../nbs/15_training.ipynb #15a00032
+def judge_later(
+    folder: str | Path,              # of a complete run, with its model.safetensors
+    data: str | Path | None = None,  # see `facesr.faces.find_data`
+    report: Callable[[str], None] = print,
+) -> pd.DataFrame:                   # a row a test face
+    "Add identity and landmarks to the tables of a run. Raises ValueError where its test faces are others, or unknown."
+    folder, source = Path(folder), find_faces(data)
+    record, metrics = (read_json(folder / name) for name in ("config.json", "metrics.json"))
+    config, table = Config(**record["config"]), read_table(folder, "per_image.csv")
+    test = read_pixels(source.images, list(table["name"]), config.degradation)
+    if test.fingerprint != record["faces"]["splits"]["test"]["sha256"]:
+        raise ValueError(f"{source.images} holds other test faces than those of {folder}")
+    if "identity_cosine" in table:
+        return table
+    model = load_model(folder / "model.safetensors").eval()
+    more = judged(source, test, model, table, torch.device("cpu"), report)
+    if len(more.columns) > len(table.columns):
+        write_atomically(folder / "per_image.csv", more.to_csv(index=False, float_format="%.6g"))
+        write_json(folder / "metrics.json", metrics | {"test": summarise(more) | metrics["test"]})
+    return more
 
 # %% ../nbs/15_training.ipynb #1b5fa83d
 def train(

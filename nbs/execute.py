@@ -41,6 +41,7 @@ MADE = {
     "make_weights": ("asset", PACKAGE / "assets" / "weights", ("*.safetensors",)),
     "search": ("results", ROOT / "results", ("search*.csv", "search/*")),
     "photograph_benchmark": ("results", ROOT / "results", ("photographs/*.csv",)),
+    "cells": ("results", ROOT / "results", ("cells/*.csv", "cells/own/*.csv")),
 }
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NEW_FOLDER = object()  # a temporary one

@@ -1,12 +1,17 @@
 "Text tables, as people save them: marks, line ends, headers, gaps."
 
+import json
 import shutil
 
+import pandas as pd
 import pytest
 from conftest import BUNDLED
 
+from facesr import identity
 from facesr.faces import ATTRIBUTES, find_faces, read_attributes, read_lines, read_partition, read_people
 from facesr.heatmaps import Part, read_parts
+from facesr.study import resolve
+from facesr.training import judge_later, train
 
 MARK = b"\xef\xbb\xbf"  # the byte-order mark that spreadsheets and Windows put first
 
@@ -134,3 +139,21 @@ def test_incomplete_tables_are_said(tmp_path):
     assert str(find_faces(root)).endswith(
         "; who is on 4 of 12 is not known; the attributes of 2 of 4 test faces are not known"
     )
+
+
+def test_a_run_made_without_dlib_is_judged_later(tmp_path, monkeypatch):
+    (data := tmp_path / "data").mkdir()
+    celeba_of(data, 24)
+    config = resolve(preset="smoke", needs_celeba=False, epochs=1, perceptual_weight=0)
+    with_it = train(config, data, tmp_path / "with", report=str)
+    with monkeypatch.context() as without:
+        without.setattr(identity, "find_spec", lambda name: None)
+        folder = train(config, data, tmp_path / "without", report=str)
+    assert "identity_cosine" not in pd.read_csv(folder / "per_image.csv")
+    judge_later(folder, data, report=str)
+    assert (folder / "per_image.csv").read_text() == (with_it / "per_image.csv").read_text()
+    measured = [json.loads((run / "metrics.json").read_text())["test"] for run in (folder, with_it)]
+    assert measured[0] == measured[1] and "landmark_error" in measured[0]
+    shutil.copy(BUNDLED / "img_align_celeba" / "000100.jpg", data / "img_align_celeba" / "000003.jpg")
+    with pytest.raises(ValueError, match="holds other test faces than those of"):
+        judge_later(folder, data, report=str)

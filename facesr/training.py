@@ -849,7 +849,9 @@ def judge_later(
     data: str | Path | None = None,  # see `facesr.faces.find_data`
     report: Callable[[str], None] = print,
 ) -> pd.DataFrame:                   # a row a test face
-    "Add identity and landmarks to the tables of a run. Raises ValueError where its test faces are others, or unknown."
+    """Add identity and landmarks to the tables of a run; see `judged` for where there are none.
+
+    Raises ValueError where test faces or weights are not those of the run."""
     folder, source = Path(folder), find_faces(data)
     record, metrics = (read_json(folder / name) for name in ("config.json", "metrics.json"))
     config, table = Config(**record["config"]), read_table(folder, "per_image.csv")
@@ -858,11 +860,13 @@ def judge_later(
         raise ValueError(f"{source.images} holds other test faces than those of {folder}")
     if "identity_cosine" in table:
         return table
+    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != metrics["weights_sha256"]:
+        raise ValueError(f"{folder / 'model.safetensors'} has other weights than those that were measured")
     model = load_model(folder / "model.safetensors").eval()
     more = judged(source, test, model, table, torch.device("cpu"), report)
     if len(more.columns) > len(table.columns):
-        write_atomically(folder / "per_image.csv", more.to_csv(index=False, float_format="%.6g"))
         write_json(folder / "metrics.json", metrics | {"test": summarise(more) | metrics["test"]})
+        write_atomically(folder / "per_image.csv", more.to_csv(index=False, float_format="%.6g"))  # last: it is asked
     return more
 
 # %% ../nbs/15_training.ipynb #1b5fa83d

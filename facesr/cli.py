@@ -809,6 +809,8 @@ def run_app() -> None:
             raise hidden
         if sys.stdout:
             flush_output()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not end.code:
+            os._exit(0)  # threads of PyTorch may abort a process as it ends, and torchrun then ends the others
         raise
 
 # %% ../nbs/22_cli.ipynb #d9137824

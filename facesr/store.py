@@ -317,7 +317,8 @@ def _columns_of(file: h5py.File, classes: list[str], path: Path) -> dict[str, h5
             continue
         data = columns[column] = _dataset(file, column, path)
         text = data is not None and h5py.check_string_dtype(data.dtype) is not None
-        if data is None or data.shape[1:] != row or (not text if kind == "O" else data.dtype.kind != kind):
+        fits = data is not None and data.shape[1:] == row and data.dtype.isnative  # else a byte is damaged, or foreign
+        if not fits or (not text if kind == "O" else data.dtype.kind != kind):
             found = f"{data.dtype} {data.shape}" if data is not None else "no column"
             raise _NoStore(f"{path} is no heatmap store: its {column} is {found}; remove it and make it again")
     if odd := sorted(set(file) - set(known)):

@@ -134,6 +134,7 @@ class WhichRun(BaseModel):
     test_faces: int | None = Field(None, ge=1, description="the same for the test")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be decoded instead of stopping")
     degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in KERNELS")
+    artefacts: float = Field(0.0, ge=0, le=1, description="share of the training inputs with noise and JPEG's traces")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network; None: the default of conv
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")

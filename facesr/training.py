@@ -39,7 +39,7 @@ from torch import Tensor
 from .degradation import HR_SIZE, to_float, to_uint8
 from .detection import bundled_detector, drawn_boxes
 from .faces import EpochBatches, Every, FaceDataset, FaceSet, LINE_SECONDS, Pace, Pixels, duration, find_data
-from .faces import find_faces, left_out, read_pixels
+from .faces import find_faces, left_out, read_pixels, spoilt
 from .heatmaps import BUNDLED_PARTS, Recipe
 from .images import picture_rows
 from .loop import Loop, Means, accelerator_for, device_of, has_bfloat16
@@ -90,7 +90,7 @@ def _read_split(config: Config, faces: FaceSet, split: str, names: list[str]) ->
     pixels = read_pixels(faces.images, names, config.degradation, config.skip_unreadable)
     if not pixels.names:
         raise ValueError(f"none of the {len(names):,} {split} faces can be read ({faces})")
-    return pixels
+    return spoilt(pixels, config.artefacts, config.seed) if split == "train" and config.artefacts else pixels
 
 # %% ../nbs/15_training.ipynb #fe3f957b
 def open_heatmaps(

@@ -228,8 +228,8 @@ def overlay_figure(
     faces: Tensor,  # [N, 3, H, W] uint8, RGB
     maps: Tensor,   # [N, 1, H, W] in [0, 1]
 ) -> Figure:
-    "Faces, and below them their maps laid over."
-    figure = picture_rows({"face": faces, "heatmap": faces}, size=1.25)
+    "Images, and below them their maps laid over."
+    figure = picture_rows({"image": faces, "heatmap": faces}, size=1.25)
     for ax, h in zip(figure.axes[len(faces) :], maps):
         ax.imshow(h[0], cmap="magma", alpha=0.65, vmin=0, vmax=1)
     return figure

@@ -310,7 +310,7 @@ def kept_table(
         files.made[name] = made or earlier.read_bytes()
         table = read_table(BytesIO(files.made[name]), ())
         for column in table.columns[1:]:
-            table[column] = as_numbers(table[column], empty=True)
+            table[column] = pd.to_numeric(as_numbers(table[column], empty=True), downcast="integer")
         return table.set_index(table.columns[0])
 
 # %% ../nbs/16_reporting.ipynb #ddf19e6e

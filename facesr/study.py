@@ -141,6 +141,9 @@ class WhichRun(BaseModel):
     width: int | None = Field(None, ge=8, le=512, multiple_of=8, description="channels at 16x16")
     blocks: int | None = Field(None, ge=1, le=32, description="residual blocks")
     filtered: bool | None = Field(None, description="a binomial filter over the output, against a grid in pictures")
+    initial: str = Field(
+        "", coerce_numbers_to_str=True, description="trained weights of this network to begin with; empty: random ones"
+    )
 
 
 class Minimised(WhichRun):

@@ -12,6 +12,7 @@ from facesr.faces import BUNDLED, FaceDataset, find_faces
 from facesr.heatmaps import Part, Recipe
 from facesr.loop import device_of
 from facesr.metrics import predict, psnr
+from facesr.model import model_bytes, SuperResolutionUNet
 from facesr.runs import write_atomically
 from facesr.store import make_heatmaps
 from facesr.study import Config, resolve
@@ -41,6 +42,7 @@ def stepped(trainer, steps=2):
 
 FELT = [  # what is changed, and where from
     ({"seed": 1}, {}), ({"degradation": "area"}, {}), ({"flips": False}, {}), ({"width": 16}, {}), ({"blocks": 2}, {}),
+    ({"artefacts": 1.0}, {}),
     ({"conv": "standard", "blocks": 1}, {}), ({"filtered": False}, {}), ({"train_faces": 12}, {}),
     ({"batch_size": 2}, {}), ({"epochs": 2}, {}),
     ({"pixel_weight": 0.5}, ATTENTIVE), ({"attention_weight": 1.0}, ATTENTIVE), ({"attention_map": "edges"}, ATTENTIVE),
@@ -53,7 +55,7 @@ FELT = [  # what is changed, and where from
 ]
 ELSEWHERE = {  # a change of them is noticed in other tests; a process has one precision
     "variant", "preset", "needs_celeba", "val_faces", "test_faces", "skip_unreadable", "heatmaps", "checkpoint_minutes",
-    "mixed_precision",
+    "mixed_precision", "initial",
     # the published recipe: here below, and where 13_loop and 15_training define what they do
     "perceptual_weights", "perceptual_clamp", "lpips_weight", "progress_by", "schedule", "kept_by", "patience",
 }
@@ -87,6 +89,20 @@ def test_a_seed_decides_weights_order_and_crops_each(tmp_path):
     assert not torch.equal(weights(one.loop.network), weights(other.loop.network))
     assert list(one.batches) != list(other.batches)
     assert (one.loop.objective.seed, other.loop.objective.seed) == (0, 1)
+
+
+def test_a_run_begins_with_the_weights_that_are_named_and_goes_on_with_no_others(tmp_path):
+    first, other = (SuperResolutionUNet(width=8, blocks=1) for _ in range(2))
+    (file := tmp_path / "first.safetensors").write_bytes(model_bytes(first))
+    trainer = begun(tmp_path, initial=str(file))
+    assert torch.equal(weights(trainer.loop.network), weights(first))
+    assert torch.equal(weights(trainer.loop.average.module), weights(first))
+    trainer.save()
+    trainer.free()
+    begun(tmp_path, initial=str(file)).free()
+    file.write_bytes(model_bytes(other))
+    with pytest.raises(ValueError, match="other settings .*initial weights"):
+        begun(tmp_path, initial=str(file))
 
 
 def test_a_step_follows_its_own_gradient_and_the_average_follows_the_step(tmp_path):

@@ -10,18 +10,19 @@ __all__ = ['FACES_REMEDY', 'OTHER_DOMAIN', 'ORIGINS', 'MEASURED', 'GROUPS', 'QUE
            'ReportFiles', 'kept_table', 'check_names', 'check_scores', 'with_numbers', 'read_per_image', 'read_tables',
            'average_seeds', 'kept_record', 'measure', 'measured_of', 'measure_interpolation', 'measure_network',
            'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell', 'score_table',
-           'results_table', 'core_minutes', 'run_table', 'grid_table', 'summary_table', 'published_table',
-           'measure_table', 'gain_sentence', 'Question', 'place_of', 'in_places', 'answer_about', 'preset_options',
-           'run_options', 'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair', 'verdict_of_pair',
-           'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs', 'written_sentence',
-           'missing_controls', 'told_families', 'difference_cell', 'difference_table', 'legible', 'draw', 'show',
-           'reach', 'inside_of', 'differences_figure', 'panels', 'seed_points', 'draw_panel', 'confound_figure',
-           'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure', 'picture_columns',
-           'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store', 'missing_heatmaps',
-           'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights', 'slice_table', 'skin_tones',
-           'tone_table', 'tone_cells', 'worst_served', 'limits_of_faces', 'limits_of_conditions', 'limits_of_seeds',
-           'vgg_share', 'about_vgg_share', 'limits_of_controls', 'limits_of_choices', 'limits', 'scrolling',
-           'scrolling_picture', 'page', 'describe_pictures', 'prepare_text', 'write_report']
+           'results_table', 'training_minutes', 'run_table', 'grid_table', 'summary_table', 'read_summary',
+           'published_table', 'measure_table', 'gain_sentence', 'Question', 'place_of', 'in_places', 'answer_about',
+           'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair',
+           'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs',
+           'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table', 'legible',
+           'draw', 'show', 'reach', 'inside_of', 'differences_figure', 'panels', 'seed_points', 'draw_panel',
+           'confound_figure', 'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure',
+           'picture_columns', 'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store',
+           'missing_heatmaps', 'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights',
+           'slice_table', 'skin_tones', 'tone_table', 'tone_cells', 'worst_served', 'limits_of_faces',
+           'limits_of_conditions', 'limits_of_seeds', 'vgg_share', 'about_vgg_share', 'limits_of_controls',
+           'limits_of_choices', 'limits', 'scrolling', 'scrolling_picture', 'page', 'describe_pictures', 'prepare_text',
+           'write_report']
 
 # %% ../nbs/16_reporting.ipynb #59fe1add
 import base64
@@ -60,8 +61,8 @@ from .losses import attention_maps, attention_ramp, attention_weights
 from .metrics import evaluate, Evaluator, Grid, GRID_PERIODS, IN_BOXES, inside, Metric, METRICS, metrics_among
 from .metrics import one_face_each, part_boxes, predict, SCORED_PARTS
 from .model import load_model
-from .runs import as_published, clone, CompleteRun, default_out, differences, read_shown, Shown, trained_with
-from .runs import webp, write_atomically, write_json
+from .runs import as_published, clone, CompleteRun, default_out, differences, read_shown, Shown, table_content
+from .runs import trained_with, webp, write_atomically, write_json
 from .statistics import chance, direction, ends, interval_of, interval_words, is_shown, p_words
 from .statistics import paired_difference, PARTLY, slices, statement, summarise
 from .store import coverage, HeatmapStore, store_path
@@ -369,7 +370,7 @@ def read_per_image(
     path, recorded = run.folder / "per_image.csv", run.metrics["test"]
     measured = metrics_among(recorded)
     with usable(path, run_remedy(run)):
-        table = read_table(path, ["name", "person", *measured])
+        table = read_table(table_content(path), ["name", "person", *measured])
         check_names(table["name"], run, tested)
         table = with_numbers(table, measured, ["consistency"])
         check_scores(table, recorded)
@@ -556,14 +557,12 @@ def score_table(
 
 # %% ../nbs/16_reporting.ipynb #d601f991
 def results_table(
-    runs: Sequence[CompleteRun],
-    floors: dict[str, dict],  # as `read_floors` gives them
+    scores: dict[str, dict],  # of interpolations and variants, as `summarise` gives them
 ) -> str:                     # Markdown
-    "The small table: four measures of interpolation and of every run, with the interval of PSNR."
-    rows = floors | {run.label: run.metrics["test"] for run in runs}
+    "The small table: four measures of each, with the interval of PSNR."
     metrics = [METRICS[name] for name in ("psnr", "ssim", "lpips_alex", "psnr_eye")]
     lines = ["| trained with | " + " | ".join(m.heading for m in metrics) + " |", "|---|" + "---|" * len(metrics)]
-    for row, score in rows.items():
+    for row, score in scores.items():
         cells = [number(score[m.name]["mean"], m) for m in metrics]
         low, high = (number(score["psnr"][end], METRICS["psnr"]) for end in ("low", "high"))
         cells[0] += "" if low == "–" else f" ({low} – {high})"
@@ -571,22 +570,27 @@ def results_table(
     return "\n".join(lines)
 
 # %% ../nbs/16_reporting.ipynb #2e96220d
-def core_minutes(runs: Sequence[CompleteRun]) -> float:
-    "Minutes of one core that a run's training took: the median, because a run may have been paused."
-    return float(np.median([run.metrics["training_seconds"] * run.threads for run in runs]) / 60)
+def training_minutes(runs: Sequence[CompleteRun]) -> dict[str, str]:
+    "Minutes of one core and of a GPU that a run's training took: the medians, because a run may have been paused."
+    seconds = {"core": [], "GPU": []}
+    for run in runs:
+        on_cpu = run.devices == ("cpu",)
+        seconds["core" if on_cpu else "GPU"].append(run.metrics["training_seconds"] * (run.threads if on_cpu else 1))
+    return {what: f"{np.median(found) / 60:.1f}" if found else "–" for what, found in seconds.items()}
 
 # %% ../nbs/16_reporting.ipynb #8b333e20
 def run_table(runs: Sequence[CompleteRun]) -> pd.DataFrame:
     "Size, time and kept epochs of each variant."
-    rows = {
-        variant: {
+    rows = {}
+    for variant, seeds in by_variant(runs).items():
+        minutes = training_minutes(list(seeds.values()))
+        rows[variant] = {
             "Parameters": f"{next(iter(seeds.values())).metrics['parameters']:,}",
-            "Training (core minutes, median)": f"{core_minutes(list(seeds.values())):.1f}",
+            **{f"Training ({what} minutes, median)": found for what, found in minutes.items()},
             "Kept epoch": ", ".join(str(run.metrics["best_epoch"]) for run in seeds.values()),
         }
-        for variant, seeds in by_variant(runs).items()
-    }
-    return pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T
+    return table.loc[:, ~table.eq("–").all()]
 
 # %% ../nbs/16_reporting.ipynb #1f769b4f
 def grid_table(
@@ -613,6 +617,17 @@ def summary_table(
         for row, score in scores.items()
         for name in metrics_among(score)
     )
+
+
+def read_summary(
+    path: Path,         # summary.csv of a report
+) -> dict[str, dict]:   # row -> metric -> mean, low, high, n
+    "The scores of such a file. Raises ValueError where it is damaged."
+    keys = ["mean", "low", "high", "n"]
+    with usable(path, "make the report again"):
+        table = read_table(path, ["run", "metric", *keys])
+        table = table.assign(**{key: as_numbers(table[key], empty=True, infinite=True) for key in keys})
+        return {row: rows.set_index("metric")[keys].T.to_dict() for row, rows in table.groupby("run", sort=False)}
 
 # %% ../nbs/16_reporting.ipynb #cfd8e380
 def published_table(
@@ -1417,9 +1432,10 @@ def limits_of_seeds(
     tested = whole[whole["p"].notna()]
     half, used = (tested["both_high"] - tested["both_low"]) / 2, runs[0].faces["splits"]["train"]["used"]
     said = ["Some pairs share one seed only: how another would differ is unknown."]
+    took = [f"{minutes} minutes of one {what}" for what, minutes in training_minutes(runs).items() if minutes != "–"]
     return said * (len(tested) < len(whole)) + [
         f"Each run saw {used:,} faces {runs[0].config['epochs']} times, "
-        f"in {core_minutes(runs):.1f} minutes of one core (median). "
+        f"in {' or '.join(took)} (median). "
         "With longer training or more faces a difference may grow, shrink or turn.",
         "All seeds share the training faces. The intervals hold the chance of a seed, which changes first weights and "
         "order, and that of the people of the test, and no other.",

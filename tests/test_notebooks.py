@@ -17,7 +17,7 @@ from conftest import BUNDLED, FACESR, ROOT
 from jupyter_client import KernelManager
 
 from facesr import execution, training
-from facesr.runs import FOLLOW_SECONDS, RUN_FILES, find_runs, in_use, is_complete, read_progress
+from facesr.runs import FOLLOW_SECONDS, RUN_FILES, find_runs, in_use, is_complete, read_progress, read_table
 from facesr.study import resolve
 
 
@@ -319,7 +319,7 @@ def test_the_published_results_are_what_was_asked_of_them():
     "Of the runs on real CelebA one and the same variant reaches every target, on all test faces."
     reached = {}
     for run in find_runs(ROOT / "results", "celeba"):
-        test, table = run.metrics["test"], pd.read_csv(run.folder / "per_image.csv")
+        test, table = run.metrics["test"], read_table(run.folder, "per_image.csv")
         assert len(table) == test["psnr"]["n"] == 2500 and table["person"].nunique() == 500
         for name in ("psnr", "ssim_published", "ms_ssim_published", "lpips_alex"):
             assert table[name].mean() == pytest.approx(test[name]["mean"], abs=1e-4)

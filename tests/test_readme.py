@@ -2,7 +2,6 @@
 
 Its code is run again here, on the results as they are and on results that were changed."""
 
-import json
 import re
 import shutil
 
@@ -11,7 +10,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from facesr.runs import find_runs
+from facesr.degradation import INTERPOLATIONS
+from facesr.reporting import read_summary
+from facesr.runs import find_runs, read_table
 
 
 def said(results):
@@ -41,9 +42,9 @@ def test_the_readme_says_what_the_results_say():
 
 
 def change_score(path):
-    found = json.loads(path.read_text())
-    found["test"]["psnr"]["mean"] += 0.01
-    path.write_text(json.dumps(found))
+    found = pd.read_csv(path)
+    found["mean"] += 0.01
+    found.to_csv(path, index=False)
 
 
 def change_difference(path):
@@ -55,13 +56,13 @@ def change_difference(path):
 @pytest.mark.parametrize(
     "path, change",
     [
-        ("celeba/baseline/seed0/metrics.json", change_score),
-        ("celeba/interpolation/bicubic.json", change_score),
+        ("celeba/summary.csv", change_score),
         ("celeba/comparisons.csv", change_difference),
     ],
 )
 def test_a_changed_result_makes_the_readme_differ(tmp_path, path, change):
-    for file in [*(ROOT / "results").glob("*/**/*.json"), *(ROOT / "results").glob("*/comparisons.csv")]:
+    results = ROOT / "results"
+    for file in [*results.glob("*/**/*.json"), *results.glob("*/comparisons.csv"), *results.glob("*/summary.csv")]:
         copy = tmp_path / file.relative_to(ROOT / "results")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
@@ -74,7 +75,7 @@ def test_a_changed_result_makes_the_readme_differ(tmp_path, path, change):
 def test_the_comparisons_are_those_of_the_runs(preset):
     "A run that was made again and a report that was not would differ here."
     means = {
-        (run.variant, run.seed): pd.read_csv(run.folder / "per_image.csv").mean(numeric_only=True)
+        (run.variant, run.seed): read_table(run.folder, "per_image.csv").mean(numeric_only=True)
         for run in find_runs(ROOT / "results", preset)
     }
     comparisons = pd.read_csv(ROOT / "results" / preset / "comparisons.csv")
@@ -85,6 +86,22 @@ def test_the_comparisons_are_those_of_the_runs(preset):
             means[row.variant, seed][row.metric] - means[row.reference, seed][row.metric] for seed in seeds
         ) / len(seeds)
         assert difference == pytest.approx(row.difference, abs=1e-5), (row.variant, row.reference, row.metric)
+
+
+@pytest.mark.parametrize("preset", ["celeba", "quick"])
+def test_the_summary_is_that_of_the_runs(preset):
+    "The mean over the faces and, where there are several, the seeds."
+    tables = {}
+    for run in find_runs(ROOT / "results", preset):
+        tables.setdefault(run.variant, []).append(read_table(run.folder, "per_image.csv"))
+    summary = read_summary(ROOT / "results" / preset / "summary.csv")
+    floors = {m: pd.read_csv(ROOT / "results" / preset / "interpolation" / f"{m}.csv") for m in INTERPOLATIONS}
+    assert set(summary) == {*tables, *INTERPOLATIONS}
+    for row, seeds in (tables | {method: [table] for method, table in floors.items()}).items():
+        assert "psnr" in summary[row]
+        for metric, score in summary[row].items():
+            mean = sum(table[metric].mean() for table in seeds) / len(seeds)
+            assert score["mean"] == pytest.approx(mean, rel=1e-5) and score["n"] == seeds[0][metric].notna().sum()
 
 
 def test_numbers_of_quality_stand_nowhere_else_in_the_readme():

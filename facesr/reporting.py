@@ -618,7 +618,7 @@ def summary_table(
         for name in metrics_among(score)
     )
 
-
+# %% ../nbs/16_reporting.ipynb #7d1f3c52
 def read_summary(
     path: Path,         # summary.csv of a report
 ) -> dict[str, dict]:   # row -> metric -> mean, low, high, n

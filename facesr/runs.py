@@ -515,7 +515,7 @@ def table_content(
         raise ValueError(f"{packed.name} breaks off, or holds more than {LARGEST_TABLE:,} bytes")
     return io.BytesIO(content)
 
-
+# %% ../nbs/14_runs.ipynb #7d1f3c51
 def read_table(
     folder: Path,  # of a complete run
     name: str,     # history.csv or per_image.csv

@@ -136,7 +136,7 @@ def first_network(
         raise ValueError(f"initial is {config.initial}, a network of {network.settings}; the run is of {asked}")
     return network
 
-
+# %% ../nbs/15_training.ipynb #7d1f3c43
 def fingerprint_of(
     network: SuperResolutionUNet | None,
 ) -> dict[str, str]:  # empty for random weights

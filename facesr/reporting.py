@@ -10,12 +10,12 @@ __all__ = ['FACES_REMEDY', 'OTHER_DOMAIN', 'ORIGINS', 'MEASURED', 'GROUPS', 'QUE
            'ReportFiles', 'kept_table', 'check_names', 'check_scores', 'with_numbers', 'read_per_image', 'read_tables',
            'average_seeds', 'kept_record', 'measure', 'measured_of', 'measure_interpolation', 'measure_network',
            'interpolation_folder', 'read_floors', 'read_interpolation', 'number', 'score_cell', 'score_table',
-           'results_table', 'training_minutes', 'run_table', 'grid_table', 'summary_table', 'read_summary',
-           'published_table', 'measure_table', 'gain_sentence', 'Question', 'place_of', 'in_places', 'answer_about',
-           'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect', 'leading_pair',
-           'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box', 'about_runs',
-           'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table', 'legible',
-           'draw', 'show', 'reach', 'inside_of', 'differences_figure', 'panels', 'seed_points', 'draw_panel',
+           'results_table', 'training_seconds', 'training_minutes', 'run_table', 'grid_table', 'summary_table',
+           'read_summary', 'published_table', 'measure_table', 'gain_sentence', 'Question', 'place_of', 'in_places',
+           'answer_about', 'preset_options', 'run_options', 'how_to_answer', 'answer', 'answers', 'effect',
+           'leading_pair', 'verdict_of_pair', 'verdict_on_floor', 'verdict_on_generated', 'verdict', 'verdict_box',
+           'about_runs', 'written_sentence', 'missing_controls', 'told_families', 'difference_cell', 'difference_table',
+           'legible', 'draw', 'show', 'reach', 'inside_of', 'differences_figure', 'panels', 'seed_points', 'draw_panel',
            'confound_figure', 'confound_caption', 'parts_figure', 'read_history', 'read_histories', 'curves_figure',
            'picture_columns', 'read_pictures', 'gallery', 'with_eyes', 'opening_figure', 'heatmap_store',
            'missing_heatmaps', 'heatmaps_figure', 'coverage_table', 'map_weight_table', 'measure_map_weights',
@@ -570,12 +570,20 @@ def results_table(
     return "\n".join(lines)
 
 # %% ../nbs/16_reporting.ipynb #2e96220d
+def training_seconds(run: CompleteRun) -> float:
+    "What its epochs took, had all taken the median: a run may have been paused in one."
+    path = run.folder / "history.csv"
+    with usable(path, run_remedy(run)):
+        seconds = as_numbers(read_table(table_content(path), ["seconds"])["seconds"])
+    return float(seconds.median() * len(seconds))
+
+
 def training_minutes(runs: Sequence[CompleteRun]) -> dict[str, str]:
-    "Minutes of one core and of a GPU that a run's training took: the medians, because a run may have been paused."
+    "Minutes of one core and of a GPU that a run's training took, the median of the runs; – where there was none."
     seconds = {"core": [], "GPU": []}
     for run in runs:
         on_cpu = run.devices == ("cpu",)
-        seconds["core" if on_cpu else "GPU"].append(run.metrics["training_seconds"] * (run.threads if on_cpu else 1))
+        seconds["core" if on_cpu else "GPU"].append(training_seconds(run) * (run.threads if on_cpu else 1))
     return {what: f"{np.median(found) / 60:.1f}" if found else "–" for what, found in seconds.items()}
 
 # %% ../nbs/16_reporting.ipynb #8b333e20

@@ -249,7 +249,8 @@ class Loop:
     ) -> dict[str, Tensor]:
         "Move the weights once. Returns the terms of the loss, unweighted."
         rate = self.left * learning_rate(self.steps, progress, self.config)
-        batch, numbers = batch.to(device_of(self.accelerator)), self.objective.numbers(self.steps, progress)
+        ramps = 1.0 if self.config.initial else progress  # trained weights go on with the terms as they were at the end
+        batch, numbers = batch.to(device_of(self.accelerator)), self.objective.numbers(self.steps, ramps)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # to go on to the bit
             terms = self.move(batch, rate, numbers)
         self.steps += 1

@@ -72,6 +72,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"learning_rate": 1e-3, "perceptual_weight": 0.28, "mixed_precision": "bf16"},
     "own": _faces(None, None, None, celeba=False),
     "faithful": _faces(30_000, 500, 2_500) | {"epochs": 40, "mixed_precision": "bf16", "perceptual_weight": 0.0},
+    "sharp": _faces(30_000, 500, 2_500) | {
+        "epochs": 4, "mixed_precision": "bf16", "learning_rate": 1e-3, "perceptual_weight": 0.0, "lpips_weight": 0.3,
+        "perceptual_crop": 96, "perceptual_share": 0.25, "kept_by": "published",
+    },
     "paper": _faces(30_000, 6_000, 6_000) | {
         "conv": "standard", "batch_size": 64, "mixed_precision": "fp16", "learning_rate": 1e-4,
         "perceptual_weight": 0.02, "perceptual_crop": 128, "perceptual_share": 1.0,
@@ -89,6 +93,7 @@ GRIDS: dict[str, dict[str, int]] = {  # preset -> variant or control -> seeds
     "rules": {"baseline": 3, "heatmap": 3},
     "own": dict.fromkeys(["baseline", "uniform", "heatmap"], 1),
     "faithful": {"uniform": 1},
+    "sharp": {"baseline": 1},
     "paper": dict.fromkeys([*VARIANTS, "uniform"], 1),
     "seeds": dict.fromkeys([*VARIANTS, "uniform", "squared", "mean", "shuffled"], 6),
 }

@@ -195,7 +195,7 @@ def given_settings(
     overrides = dict(item.split("=", 1) for item in items)
     if clash := overrides.keys() & {"variant", "preset", "seed"}:
         raise ValueError(f"--set {min(clash)}: it has a place of its own: facesr train VARIANT --preset NAME --seed N")
-    return {name: home(value) if name == "heatmaps" else value for name, value in overrides.items()}
+    return {name: home(value) if name in ("heatmaps", "initial") else value for name, value in overrides.items()}
 
 # %% ../nbs/22_cli.ipynb #0f5ad713
 @app.command("train")

@@ -86,8 +86,8 @@ def with_artefacts(
     left, top = rng.randrange(around), rng.randrange(around)
     pixels = np.pad(np.asarray(lr, np.float32), [(around, around), (around, around), (0, 0)], "edge")
     pixels += np.random.default_rng(seed).normal(0, deviation, pixels.shape)
-    noisy = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).crop((left, top, 48, 48))
-    noisy.save(file := BytesIO(), "JPEG", quality=quality)
+    noisy = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    noisy.crop((left, top, *noisy.size)).save(file := BytesIO(), "JPEG", quality=quality)
     return Image.open(file).crop((around - left, around - top, around - left + LR_SIZE, around - top + LR_SIZE))
 
 # %% ../nbs/00_degradation.ipynb #f0a02336

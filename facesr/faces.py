@@ -269,7 +269,7 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:  # names of images, n
     except OSError as error:
         raise OSError(f"the folder {folder} cannot be read ({error.strerror}); allow it, or take it out") from error
     is_folder = {e.name: os.path.isdir(e.path) if e.is_symlink() else e.is_dir() for e in entries}
-    if "per_image.csv" in is_folder:
+    if is_folder.keys() & {"per_image.csv", "per_image.csv.xz"}:
         return [], []
     images = [name for name in is_folder if not is_folder[name] and name.lower().endswith(IMAGE_SUFFIXES)]
     return sorted(images), sorted(name for name in is_folder if is_folder[name])

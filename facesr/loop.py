@@ -229,16 +229,15 @@ class Loop:
     ):
         torch.manual_seed(config.seed)
         network = network or SuperResolutionUNet(config.conv, config.width, config.blocks, config.filtered)
-        device = device_of(accelerator)
-        captured = device.type == "cuda" and not why_plain(accelerator)
-        self.config, self.accelerator, self.steps = config, accelerator, 0
-        self.left = 1.0  # of the learning rate, where it is halved on a plateau
+        captured = (device := device_of(accelerator)).type == "cuda" and not why_plain(accelerator)
+        self.config, self.accelerator = config, accelerator
+        self.steps, self.left = 0, 1.0  # done; of the learning rate, where it is halved on a plateau
         self.network = network.to(device)
         self.average = averaged(self.network, config.ema_decay)
         self.objective = channels_last(objective_of(config).to(device))
         trained = with_heads(self.network, config)
-        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizer = torch.optim.AdamW(trained.parameters(), **rates, fused=True, capturable=captured)
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        optimizer = torch.optim.AdamW(trained.parameters(), **rates, capturable=captured)
         self.model, self.optimizer = accelerator.prepare(trained, optimizer)
         self.move = Captured(self) if captured else self.plain_move
 
@@ -249,8 +248,8 @@ class Loop:
     ) -> dict[str, Tensor]:
         "Move the weights once. Returns the terms of the loss, unweighted."
         rate = self.left * learning_rate(self.steps, progress, self.config)
-        ramps = 1.0 if self.config.initial else progress  # trained weights go on with the terms as they were at the end
-        batch, numbers = batch.to(device_of(self.accelerator)), self.objective.numbers(self.steps, ramps)
+        batch = batch.to(device_of(self.accelerator))
+        numbers = self.objective.numbers(self.steps, 1.0 if self.config.initial else progress)  # trained: no ramps
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # to go on to the bit
             terms = self.move(batch, rate, numbers)
         self.steps += 1

@@ -123,12 +123,12 @@ def set_by_variant(run: CompleteRun) -> set[str]:
 # %% ../nbs/16_reporting.ipynb #3409b321
 def common(run: CompleteRun) -> dict[str, Any]:
     "What all runs of a report share: everything but variant, seed, and what tells variants apart."
-    apart, usual = {*VARIED, "variant", "seed", "heatmaps"}, Config().settings()
+    apart, usual = {*VARIED, "variant", "seed", "heatmaps", "initial"}, Config().settings()
     settings = {name: run.config[name] for name in usual if name in run.config and name not in apart}
     settings |= {name: usual[name] for name in set_by_variant(run) & set(settings)}
     faces = {f"{split} faces": found["sha256"][:12] for split, found in run.faces["splits"].items()}
     faces |= {"boxes": run.faces["boxes"]["sha256"][:12]} if "boxes" in run.faces else {}
-    return settings | {"parameters": run.metrics["parameters"]} | faces
+    return settings | {"initial weights": run.initial, "parameters": run.metrics["parameters"]} | faces
 
 # %% ../nbs/16_reporting.ipynb #78dda6c2
 @contextmanager
@@ -311,7 +311,8 @@ def kept_table(
         files.made[name] = made or earlier.read_bytes()
         table = read_table(BytesIO(files.made[name]), ())
         for column in table.columns[1:]:
-            table[column] = pd.to_numeric(as_numbers(table[column], empty=True), downcast="integer")
+            numbers = as_numbers(table[column], empty=True)
+            table[column] = numbers.astype(int) if (numbers % 1 == 0).all() else numbers
         return table.set_index(table.columns[0])
 
 # %% ../nbs/16_reporting.ipynb #ddf19e6e
@@ -574,16 +575,17 @@ def training_seconds(run: CompleteRun) -> float:
     "What its epochs took, had all taken the median: a run may have been paused in one."
     path = run.folder / "history.csv"
     with usable(path, run_remedy(run)):
-        seconds = as_numbers(read_table(table_content(path), ["seconds"])["seconds"])
+        seconds = as_numbers(read_table(path, ["seconds"])["seconds"])
     return float(seconds.median() * len(seconds))
 
-
+# %% ../nbs/16_reporting.ipynb #7d1f3c54
 def training_minutes(runs: Sequence[CompleteRun]) -> dict[str, str]:
     "Minutes of one core and of a GPU that a run's training took, the median of the runs; – where there was none."
     seconds = {"core": [], "GPU": []}
     for run in runs:
         on_cpu = run.devices == ("cpu",)
-        seconds["core" if on_cpu else "GPU"].append(training_seconds(run) * (run.threads if on_cpu else 1))
+        used = run.processes * (run.threads if on_cpu else 1)
+        seconds["core" if on_cpu else "GPU"].append(training_seconds(run) * used)
     return {what: f"{np.median(found) / 60:.1f}" if found else "–" for what, found in seconds.items()}
 
 # %% ../nbs/16_reporting.ipynb #8b333e20
@@ -747,7 +749,8 @@ def run_options(
     changed = {k: config[k] for k in usual if k in config and k not in apart and config[k] != usual[k]}
     said = [f"--preset {config['preset']}" + FACES_OPTION[run.faces["origin"]]]
     said += [f"--seed {run.seed}"] * (run.seed != 0) + ([f"--out {named(out)}"] if out is not None else [])
-    shown = {"heatmaps": "HEATMAPS"} | {name: "none" for name, value in changed.items() if value is None}
+    shown = {name: "none" for name, value in changed.items() if value is None}
+    shown |= {"heatmaps": "HEATMAPS", "initial": "WEIGHTS"}  # not the places on this machine
     said += [f"--set {name}={shown.get(name, value)}" for name, value in changed.items()]
     return " ".join(said)
 
@@ -1231,7 +1234,9 @@ def opening_figure(
     eyes: bool = True,           # of faces; another domain has none
 ) -> Figure:
     "For the verdict and the README: a few faces, and below each its eyes, enlarged."
-    titles = [name for name in ("input", "bicubic", "baseline", "heatmap", "target") if name in columns]
+    drawn = [name for name in columns if name not in ("input", "bicubic", "target")]
+    chosen = [name for name in ("baseline", "heatmap") if name in drawn] or drawn[:1]
+    titles = [name for name in ("input", "bicubic", *chosen, "target") if name in columns]
     seen = with_eyes if eyes else lambda face: face
     rows = {" " * i: [seen(columns[title][face]) for title in titles] for i, face in enumerate(faces)}
     figure = legible(picture_rows(rows, titles), 17)

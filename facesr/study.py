@@ -133,7 +133,7 @@ class WhichRun(BaseModel):
     # which run
     variant: str = Field("baseline", description="what is studied, a name in VARIANTS or CONTROLS")
     preset: str = Field("quick", description="what the variants share, a name in PRESETS")
-    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order of faces, flips and crops")
+    seed: int = Field(0, ge=0, lt=2**63, description="of random first weights, order of faces, flips and crops")
     # faces
     needs_celeba: bool = Field(False, description="refuse to run on other faces")
     train_faces: int | None = Field(None, ge=1, description="at most so many, the first by name; None: all")
@@ -141,7 +141,7 @@ class WhichRun(BaseModel):
     test_faces: int | None = Field(None, ge=1, description="the same for the test")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be decoded instead of stopping")
     degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in KERNELS")
-    artefacts: float = Field(0.0, ge=0, le=1, description="share of the training inputs with noise and JPEG's traces")
+    artefacts: float = Field(0.0, ge=0, le=1, description="share of training inputs with noise and JPEG's traces")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network; None: the default of conv
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")

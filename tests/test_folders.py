@@ -279,9 +279,10 @@ def test_linked_folders_count_and_rings_end(tmp_path):
     assert len(find_faces(tmp_path / "data").table) == 13  # who reads the last one will say what it is
 
 
-def test_pictures_of_runs_are_no_faces(tmp_path):
+@pytest.mark.parametrize("table", ["per_image.csv", "per_image.csv.xz"])
+def test_pictures_of_runs_are_no_faces(tmp_path, table):
     filled(tmp_path, *(f"{i}.jpg" for i in range(12)), "results/smoke/baseline/seed0/shown.webp")
-    (tmp_path / "results/smoke/baseline/seed0/per_image.csv").touch()
+    (tmp_path / "results/smoke/baseline/seed0" / table).touch()
     assert len(find_faces(tmp_path).table) == 12
 
 

@@ -1,6 +1,7 @@
 "Every setting of a run is felt, and what a step, an epoch and a file promise is kept: each was taken away once."
 
 import copy
+import json
 import os
 
 import fuzz
@@ -16,7 +17,7 @@ from facesr.model import model_bytes, SuperResolutionUNet
 from facesr.runs import write_atomically
 from facesr.store import make_heatmaps
 from facesr.study import Config, resolve
-from facesr.training import Trainer, fit
+from facesr.training import fit, train, Trainer
 
 SMALL = {"train_faces": 8, "val_faces": 2, "test_faces": 2, "batch_size": 4, "width": 8, "epochs": 1}
 SMALL |= {"warmup_steps": 0, "perceptual_weight": 0}
@@ -103,6 +104,20 @@ def test_a_run_begins_with_the_weights_that_are_named_and_goes_on_with_no_others
     file.write_bytes(model_bytes(other))
     with pytest.raises(ValueError, match="other settings .*initial weights"):
         begun(tmp_path, initial=str(file))
+
+
+def test_a_complete_run_is_known_by_the_weights_it_began_with(tmp_path):
+    (file := tmp_path / "first.safetensors").write_bytes(model_bytes(SuperResolutionUNet(width=8, blocks=1)))
+    config = resolve(preset="smoke", **SMALL, initial=str(file))
+    folder = train(config, BUNDLED, tmp_path, report=str)
+    assert json.loads((folder / "config.json").read_text())["initial weights"]
+    file.write_bytes(model_bytes(SuperResolutionUNet(width=8, blocks=1)))
+    for again in (train, Trainer):
+        with pytest.raises(ValueError, match="complete run with other settings .*initial weights"):
+            again(config, BUNDLED, tmp_path, report=str)
+    file.unlink()  # no longer needed
+    assert train(config, BUNDLED, tmp_path, report=str) == folder
+    assert Trainer(config, BUNDLED, tmp_path, report=str).complete
 
 
 def test_a_step_follows_its_own_gradient_and_the_average_follows_the_step(tmp_path):

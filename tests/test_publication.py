@@ -231,7 +231,10 @@ def test_parameters_of_the_notebook_are_what_is_meant():
         ("data", 1.5, "it has to be the name of a folder"),
         ("variant", ["deep"], "variant is ['deep']; input should be a valid string"),
         ("variant", "depe", "variant is 'depe'; allowed are"),
-        ("preset", "fast", "preset is 'fast'; allowed are smoke, quick, celeba, seeds, rules, own, faithful, sharp"),
+        (
+            "preset", "fast",
+            "preset is 'fast'; allowed are smoke, quick, celeba, seeds, rules, own, faithful, sharp, paper",
+        ),
         ("width", 30, "width is 30"),
         ("seed", 2**63, "seed is 9223372036854775808; input should be less than 9223372036854775808"),
         ("seed", [0], "seed is [0]; input should be a valid integer"),

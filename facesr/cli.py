@@ -9,15 +9,16 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'ConfidenceOption', 'IouOption', 'SizeOption', 'UseConfidenceOption', 'RecipeOption', 'DeviceOption',
            'StoreArgument', 'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption',
            'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption',
-           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'ScaleOption', 'ReportOption',
-           'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption', 'PeopleOption', 'NoLpipsOption',
-           'IdentityOption', 'TableOption', 'CheckpointArgument', 'SafetensorsArgument', 'WeightsArgument',
-           'OnnxOption', 'PrecisionOption', 'HubOption', 'say_version', 'facesr', 'home', 'path', 'one_of',
-           'study_command', 'given_settings', 'train_command', 'run_row', 'run_folders', 'aligned', 'runs_command',
-           'print_store', 'chosen_device', 'heatmaps_make', 'file_format', 'heatmaps_show', 'heatmaps_import',
-           'heatmaps_export', 'outcome_line', 'say_outcome', 'upscale_command', 'faces_line', 'photograph_command',
-           'known_people', 'people_of', 'number', 'summary_lines', 'evaluate_command', 'convert_command',
-           'export_command', 'flush_output', 'run_app', 'knows_home', 'some_home', 'plain_warnings', 'main']
+           'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'FIDELITY_HELP', 'FidelityOption',
+           'ScaleOption', 'ReportOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption',
+           'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption', 'CheckpointArgument',
+           'SafetensorsArgument', 'WeightsArgument', 'TurnedOption', 'OnnxOption', 'PrecisionOption', 'HubOption',
+           'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command',
+           'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'chosen_device', 'heatmaps_make',
+           'file_format', 'heatmaps_show', 'heatmaps_import', 'heatmaps_export', 'outcome_line', 'say_outcome',
+           'upscale_command', 'faces_line', 'photograph_command', 'known_people', 'people_of', 'number',
+           'summary_lines', 'evaluate_command', 'convert_command', 'export_command', 'flush_output', 'run_app',
+           'knows_home', 'some_home', 'plain_warnings', 'main']
 
 # %% ../nbs/22_cli.ipynb #e17a8751
 import os
@@ -50,7 +51,7 @@ from .runs import default_out, in_use, read_progress, run_state, write_atomicall
 from .store import HeatmapStore, coverage, coverage_figure, make_heatmaps, store_path
 from .store import export_published, import_published, read_names
 from .study import CONTROLS, PRESETS, VARIANTS, resolve
-from .upscale import DEFAULT_WEIGHTS, Existing, Preparation, PRECISIONS, Upscaler, export_hub, export_onnx
+from .upscale import Existing, FIDELITY, Preparation, PRECISIONS, Upscaler, export_hub, export_onnx
 from .upscale import pretrained, SHEET_FACES, Outcome, upscale_files, usable
 
 # %% ../nbs/22_cli.ipynb #ec13e675
@@ -515,7 +516,19 @@ WEIGHTS_HELP = (
     f"In the package ({', '.join(pretrained())}), the model.safetensors of a run or its folder, a published .pth,"
     " or hf://OWNER/NAME on the Hugging Face hub."
 )
-WeightsOption = Annotated[str, typer.Option(parser=home, help=WEIGHTS_HELP)]
+WeightsOption = Annotated[
+    str | None, typer.Option(parser=home, help=f"{WEIGHTS_HELP} Default: the dial of the package, see --fidelity.")
+]
+
+# %% ../nbs/22_cli.ipynb #06df2cb4
+FIDELITY_HELP = (
+    "Where the dial of the package stands: from 0, fine detail that the network invents, to 1, close to the true face"
+    " on average."
+)
+FidelityOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help=f"{FIDELITY_HELP} Not with --weights. Default: {FIDELITY}."),
+]
 
 # %% ../nbs/22_cli.ipynb #1c25d818
 def outcome_line(
@@ -556,11 +569,12 @@ def upscale_command(
     existing: ExistingOption = "stop",
     sheet: SheetOption = None,
     targets: FacesOption = None,
-    weights: WeightsOption = DEFAULT_WEIGHTS,
+    fidelity: FidelityOption = None,
+    weights: WeightsOption = None,
     batch_size: BatchOption = 16,
     device: DeviceOption = None,
 ):
-    upscaler = Upscaler.from_pretrained(weights, chosen_device(device), batch_size)
+    upscaler = Upscaler.from_pretrained(weights, chosen_device(device), batch_size, fidelity)
     outcome = upscale_files(upscaler, source, out, prepare, existing, sheet, progress=True, targets=targets)
     say_outcome(source, out, outcome)
 
@@ -596,10 +610,11 @@ def photograph_command(
     existing: ExistingOption = "stop",
     sheet: SheetOption = None,
     report: ReportOption = None,
-    weights: WeightsOption = DEFAULT_WEIGHTS,
+    fidelity: FidelityOption = None,
+    weights: WeightsOption = None,
     device: DeviceOption = None,
 ):
-    photograph = Photograph(Upscaler.from_pretrained(weights, chosen_device(device)))
+    photograph = Photograph(Upscaler.from_pretrained(weights, chosen_device(device), fidelity=fidelity))
     outcome, records = photograph_files(photograph, source, out, int(scale), existing, sheet, report, progress=True)
     say_outcome(source, out, outcome, faces_line(records))
 
@@ -757,7 +772,12 @@ def convert_command(checkpoint: CheckpointArgument, out: SafetensorsArgument):
     print(f"{out}: {network.settings['conv']}, {parameter_count(network):,} parameters")
 
 # %% ../nbs/22_cli.ipynb #7f1be429
-WeightsArgument = Annotated[str, typer.Argument(parser=home, metavar="WEIGHTS", help=WEIGHTS_HELP)]
+WeightsArgument = Annotated[
+    str | None, typer.Argument(parser=home, metavar="WEIGHTS", help=f"{WEIGHTS_HELP} Left out with --fidelity.")
+]
+TurnedOption = Annotated[
+    float | None, typer.Option("--fidelity", min=0, max=1, help=f"{FIDELITY_HELP} In place of WEIGHTS.")
+]
 OnnxOption = Annotated[
     Path | None,
     typer.Option(parser=path, help="An ONNX file to write, one that is there is replaced (needs the extra 'onnx')."),
@@ -773,20 +793,26 @@ HubOption = Annotated[
 
 @app.command("export")
 def export_command(
-    weights: WeightsArgument, onnx: OnnxOption = None, precision: PrecisionOption = "float32", hub: HubOption = None
+    weights: WeightsArgument = None,
+    fidelity: TurnedOption = None,
+    onnx: OnnxOption = None,
+    precision: PrecisionOption = "float32",
+    hub: HubOption = None,
 ):
     """Write a network for others: as ONNX (faces in [0, 1], any number at a time), as a folder for the hub, or both.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    if weights is None and fidelity is None:
+        raise typer.BadParameter("say which network: WEIGHTS, or --fidelity for that of the dial")
     if not onnx and not hub:
         raise typer.BadParameter("say what to write: --onnx FILE, --hub FOLDER or both")
     if precision != PRECISIONS[0] and not onnx:
         raise typer.BadParameter("--precision is of an ONNX file: --onnx FILE")
     if onnx:
-        export_onnx(Upscaler.from_pretrained(weights).network, onnx, precision)
+        export_onnx(Upscaler.from_pretrained(weights, fidelity=fidelity).network, onnx, precision)
         print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
     if hub:
-        export_hub(weights, hub)
+        export_hub(weights, hub, fidelity)
         print(f"{hub}: model.safetensors, config.json, README.md; hf upload OWNER/NAME {hub} sends them to the hub")
 
 # %% ../nbs/22_cli.ipynb #79d04364

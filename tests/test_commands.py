@@ -143,7 +143,7 @@ def test_a_home_folder_is_found_in_every_path():
     paths = {(command, name): told for command, name, of, told in parameters() if Path in (of, *get_args(of))}
     assert len(paths) > 20
     assert [key for key, told in paths.items() if told.parser is not cli.path] == []
-    texts = {(command, name): told for command, name, of, told in parameters() if of is str}
+    texts = {(command, name): told for command, name, of, told in parameters() if str in (of, *get_args(of))}
     for key in (("upscale", "weights"), ("export", "weights"), ("make", "detector"), ("import", "source")):
         assert texts[key].parser is cli.home, key
 

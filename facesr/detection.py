@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import torch  # before ultralytics, which otherwise sets OMP_NUM_THREADS to 1
 import yaml
@@ -90,10 +91,12 @@ def _ultralytics():
     for name, value in {"YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false", "ULTRALYTICS_SAFE_LOAD": "true"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder()))
+    threads = cv2.getNumThreads()
     with _as_one_process():
         import ultralytics
         from ultralytics.nn import tasks
 
+    cv2.setNumThreads(threads)  # the import leaves OpenCV with one
     tasks.SAFE_LOAD = True  # also when somebody else imported Ultralytics first
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     if ultralytics.settings["sync"]:

@@ -189,7 +189,7 @@ class Photograph:
 
     def __init__(
         self,
-        upscaler: Upscaler | None = None,  # what draws; None: that with the weights of the package
+        upscaler: Upscaler | None = None,  # what draws; None: that with the dial of the package
         finder: Finder | None = None,      # what finds; None: `SmallFaces`
     ):
         "Raises ValueError without the extra 'photographs', unless a finder is given."

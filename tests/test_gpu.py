@@ -10,6 +10,7 @@ from facesr.faces import EpochBatches, FaceDataset, find_faces, read_pixels
 from facesr.heatmaps import BUNDLED_PARTS, Recipe
 from facesr.loop import Captured, Loop, accelerator_for
 from facesr.losses import attention_maps
+from facesr.model import model_bytes
 from facesr.store import make_heatmaps
 from facesr.study import resolve
 from facesr.upscale import Upscaler
@@ -85,3 +86,17 @@ def test_the_card_upscales_as_the_processor_does(dataset):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         here, there = (Upscaler.from_pretrained(device=device).upscale(small) for device in ("cpu", "cuda"))
     assert (here - there).abs().max() <= 2.5 / 255  # [-1, 1]: a level of 255 is 2/255
+
+
+def test_the_dial_turns_on_the_card(dataset):
+    "Weights are mixed on the processor, so they are the same to the bit wherever the network is."
+    small = to_float(dataset.pixels.levels[16][:16])
+    here, there = (Upscaler.from_pretrained(device=device) for device in ("cpu", "cuda"))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for fidelity in (0, 0.3, 1):
+            here.turn(fidelity)
+            there.turn(fidelity)
+            assert next(there.network.parameters()).is_cuda
+            assert model_bytes(here.network) == model_bytes(there.network)
+            assert (here.upscale(small) - there.upscale(small)).abs().max() <= 2.5 / 255
+        assert (here.doubt(small) - there.doubt(small)).abs().max() <= 2.5 / 255

@@ -46,6 +46,7 @@ def clone(tmp_path_factory):
     place = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "nbs", place / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "Makefile", place)
+    shutil.copytree(ROOT / "results" / "weights", place / "results" / "weights")
     (place / "facesr").symlink_to(ROOT / "facesr")
     return place
 
@@ -146,6 +147,24 @@ def test_the_slider_moves_the_line(chooser):
     assert np.abs(shown(picture) - before)[:, 200:].mean() < 1
 
 
+def slide(chooser, slider, key):
+    "Press a key on a slider: Home is its lowest value, End its highest."
+    slider.locator(".noUi-handle").focus()
+    chooser.keyboard.press(key)
+
+
+def test_the_slider_turns_the_dial(chooser):
+    "The line is at the left edge: all of the picture is the output, which is another one at each end of the dial."
+    picture, slider = chooser.locator(".wipe img"), chooser.locator(".wipe .widget-slider", has_text="fidelity")
+    before, seen = shown(picture), []
+    for key in ("Home", "End"):
+        slide(chooser, slider, key)
+        eventually(lambda: np.abs(shown(picture) - before).mean() > 0.5, "the picture stays as it was", 20)
+        before = shown(picture)
+        seen.append(before)
+    assert np.abs(seen[0] - seen[1]).mean() > 0.5
+
+
 def say(chooser, kind):
     "What the pictures are."
     chooser.locator(".widget-dropdown", has_text="They are").locator("select").select_option(label=kind)
@@ -226,6 +245,25 @@ def test_what_is_found_and_what_cannot_be_used(chooser, clone, tmp_path):
     say(chooser, "16x16")
     wrong = "two.png: it is 700x500, and has to be 16x16; choose a preparation"
     eventually(lambda: wrong in chooser.locator(".jp-Notebook").text_content(), "a wrong size is not named")
+
+
+def test_the_dial_redraws_what_is_shown(chooser, clone):
+    "Outputs follow the slider, those that are saved as well."
+    say(chooser, "cropped faces (face-crop)")
+    give(chooser, FACES[:2])
+    slider = chooser.locator(".widget-slider", has_text="fidelity").last
+    for key, fidelity in (("Home", 0), ("End", 1)):
+        slide(chooser, slider, key)
+        expected = Upscaler.from_pretrained(fidelity=fidelity)(FACES[:2], prepare="face-crop")
+        near = lambda: all(
+            np.abs(shown(picture) - np.asarray(face, float)).mean() < 2
+            for picture, face in zip(outputs(chooser).all(), expected)
+        )
+        eventually(near, f"the outputs are not those at fidelity {fidelity}", 30)
+        with zipfile.ZipFile(save(chooser)) as saved:
+            for name, face in zip(saved.namelist(), expected):
+                assert np.array_equal(Image.open(saved.open(name)), face)
+    assert chooser.locator(".widget-html figure").count() == 8
 
 
 class Training(Notebook):

@@ -15,7 +15,8 @@ import pytest
 from conftest import BUNDLED, FACESR, ROOT
 from PIL import Image
 
-from facesr.upscale import Upscaler, upscale_files
+from facesr.model import model_bytes
+from facesr.upscale import expected_error, Upscaler, upscale_files
 
 FACES = sorted(BUNDLED.rglob("*.jpg"))
 FACE = FACES[0]
@@ -160,6 +161,57 @@ def test_what_was_stopped_anywhere_ends_the_same(tmp_path):
     alone = {name: upscaler(folder / name.replace(".png", ".jpg"), prepare="face-crop") for name in sorted(whole)[:3]}
     for name, image in alone.items():
         assert np.array_equal(image, Image.open(tmp_path / "whole" / name))
+
+
+def test_a_dial_turned_back_and_forth_draws_the_same_bytes(facesr, tmp_path):
+    "In one process by `turn`, in another by the command; a setting does not depend on those before it."
+    upscaler = Upscaler.from_pretrained(fidelity=0.2)
+    for fidelity in (1, 0, 0.35, 0.7, 0.35):
+        upscaler.turn(fidelity)
+    turned = upscaler(FACE, prepare="face-crop")
+    place = ["--prepare", "face-crop", "--fidelity", "0.35"]
+    assert facesr("upscale", FACE, tmp_path / "commanded.png", *place).returncode == 0
+    assert np.array_equal(turned, Image.open(tmp_path / "commanded.png"))
+    assert not np.array_equal(turned, Upscaler.from_pretrained()(FACE, prepare="face-crop"))
+
+
+def test_a_dial_and_weights_are_not_both_taken(facesr, tmp_path):
+    place = [tmp_path / "x.png", "--prepare", "face-crop", "--fidelity", "0.5", "--weights", "sharp"]
+    result = facesr("upscale", FACE, *place)
+    assert result.returncode == 1 and not (tmp_path / "x.png").exists()
+    said = "error: fidelity is 0.5, and 'sharp' names a single network; give one of the two"
+    assert result.stderr.strip().splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize("fidelity", [-1e-9, 1 + 1e-9, float("nan"), float("-inf"), "0.5", True, 0.5j, [0.5]])
+def test_what_is_no_setting_leaves_the_dial_where_it_is(fidelity):
+    upscaler = Upscaler.from_pretrained(fidelity=0.25)
+    before = model_bytes(upscaler.network)
+    with pytest.raises(ValueError, match=r"^fidelity is .*; it has to be a number from 0 \(sharp\) to 1 \(faithful\)$"):
+        upscaler.turn(fidelity)
+    assert upscaler.fidelity == 0.25 and model_bytes(upscaler.network) == before
+
+
+def test_doubt_is_the_same_whichever_faces_go_with_it():
+    "One face alone, in a list, in an array, and among 37; at any setting of the dial."
+    upscaler = Upscaler.from_pretrained()
+    faces, doubts = upscaler(FACES[:37], prepare="face-crop", return_doubt=True)
+    assert len(faces) == len(doubts) == 37
+    for i in (0, 16, 36):
+        upscaler.turn(i / 36)
+        alone, doubt = upscaler(Image.open(FACES[i]), prepare="face-crop", return_doubt=True)
+        assert np.array_equal(doubt, doubts[i]) and doubt.dtype == np.float32
+        pixels = np.asarray(Image.open(FACES[i]).convert("RGB"))
+        assert np.array_equal(upscaler(pixels, prepare="face-crop", return_doubt=True)[1], doubt)
+    assert 0 <= np.min(doubts) and np.max(doubts) <= 0.5  # a standard deviation is at most half the range
+
+
+def test_an_expected_error_grows_with_doubt_and_ends():
+    doubt = np.linspace(0, 1, 1001)
+    error = expected_error(doubt)
+    assert (np.diff(error) >= 0).all() and 0 <= error[0] < error[-1] <= 1
+    assert expected_error(np.float32([[0.01, np.nan]])).dtype == np.float32
+    assert np.isnan(expected_error(np.float32([np.nan]))).all()
 
 
 @pytest.fixture

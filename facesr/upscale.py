@@ -328,8 +328,11 @@ class Dial:
         network: SuperResolutionUNet,  # of the settings of the ends, on any device; its weights are overwritten
         fidelity: float,               # in [0, 1]
     ) -> None:
-        "Bring a network to this setting, within milliseconds. Raises ValueError for any other fidelity."
+        "Bring a network to this setting, within milliseconds. Raises ValueError for any other fidelity, or network."
         _check_fidelity(fidelity)
+        settings = self._ends[0].settings
+        if network.settings != settings:
+            raise ValueError(f"network has the settings {network.settings}; those of the dial are {settings}")
         sharp, faithful = (end.state_dict() for end in self._ends)
         for name, weight in network.state_dict().items():
             weight.copy_(torch.lerp(sharp[name], faithful[name], float(fidelity)))

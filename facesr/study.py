@@ -71,9 +71,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rules": _faces(1_500, 60, 500) | _PUBLISHED_SCHEDULE
     | {"learning_rate": 1e-3, "perceptual_weight": 0.28, "mixed_precision": "bf16"},
     "own": _faces(None, None, None, celeba=False),
-    "faithful": _faces(30_000, 500, 2_500) | {"epochs": 40, "mixed_precision": "bf16", "perceptual_weight": 0.0},
+    "faithful": _faces(30_000, 500, 2_500) | {"epochs": 20, "mixed_precision": "bf16", "perceptual_weight": 0.0},
     "sharp": _faces(30_000, 500, 2_500) | {
-        "epochs": 4, "mixed_precision": "bf16", "learning_rate": 1e-3, "perceptual_weight": 0.0, "lpips_weight": 0.3,
+        "epochs": 2, "mixed_precision": "bf16", "learning_rate": 1e-3, "perceptual_weight": 0.0, "lpips_weight": 0.3,
         "perceptual_crop": 96, "perceptual_share": 0.25, "kept_by": "published",
     },
     "paper": _faces(30_000, 6_000, 6_000) | {

@@ -38,7 +38,7 @@ RECORD = NOTEBOOKS / "executed.json"
 MADE = {
     "make_faces": ("asset", PACKAGE / "assets" / "faces", ("img_align_celeba/*", "*.csv")),
     "make_detector": ("asset", PACKAGE / "assets" / "detector", ("parts.safetensors",)),
-    "make_weights": ("asset", PACKAGE / "assets" / "weights", ("*.safetensors",)),
+    "make_weights": ("asset", PACKAGE / "assets" / "weights", ("*.safetensors", "doubt.csv")),
     "search": ("results", ROOT / "results", ("search*.csv", "search/*")),
     "photograph_benchmark": ("results", ROOT / "results", ("photographs/*.csv",)),
     "cells": ("results", ROOT / "results", ("cells/*.csv", "cells/own/*.csv")),

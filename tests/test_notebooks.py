@@ -299,10 +299,7 @@ def test_notebooks_name_no_machine():
                 assert place not in text, f"{path.relative_to(ROOT)} names {place} in: {cell['source'][:60]}"
 
 
-OLDER = pytest.mark.xfail(strict=True, reason="the runs are older than the network's filter; see results/README.md")
-
-
-@pytest.mark.parametrize("preset", ["quick", "rules", pytest.param("celeba", marks=OLDER)])
+@pytest.mark.parametrize("preset", ["quick", "rules", "celeba"])
 def test_the_published_results_are_of_the_present_presets_and_network(preset, tmp_path):
     """Each could be made again in place: `is_complete` refuses where settings or parameters differ.
 

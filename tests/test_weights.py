@@ -113,7 +113,7 @@ def test_the_dial_is_that_of_the_tables():
     beside = {name: record(path).metrics["test"] for name, path in SUMMARY["candidates"].items()}
     known = {"bicubic": bicubic} | beside
     dial = points[points["name"] == "dial"]
-    assert dial["fidelity"].tolist() == STOPS
+    assert dial["fidelity"].tolist() == pytest.approx(STOPS)
     assert {"bicubic", "baseline", "heatmap", "multiscale", "deep"} <= set(points["name"])
     for _, point in points.iterrows():
         on_dial = point["name"] == "dial"

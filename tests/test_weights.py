@@ -49,7 +49,7 @@ def test_the_faithful_end_has_the_highest_validation_psnr():
 def test_the_sharp_end_began_with_the_weights_of_the_faithful_one():
     sharp, faithful = (record(SUMMARY["ends"][end]) for end in ENDS)
     assert sharp.initial == faithful.metrics["weights_sha256"]
-    assert sharp.config["initial"] == f"results/mine/{SUMMARY['ends']['faithful']}/model.safetensors"  # no machine's path
+    assert sharp.config["initial"] == f"results/mine/{SUMMARY['ends']['faithful']}/model.safetensors"
 
 
 def test_the_default_is_the_smallest_fidelity_that_costs_little():

@@ -414,8 +414,9 @@ def ends(comparisons: pd.DataFrame) -> tuple[str, str]:
 def interval_words(comparisons: pd.DataFrame) -> str:
     "What the lines and numbers of an interval are."
     if "both_low" in comparisons:
-        seeds = int(comparisons["seeds"].max())
-        return f"95 % intervals over {seeds} seeds and all people, each by itself, not corrected for their number"
+        most, uneven = int(comparisons["seeds"].max()), comparisons["seeds"].nunique(dropna=False) > 1
+        seeds = f"all people and {f'up to {most} seeds (those that both have)' if uneven else f'{most} seeds'}"
+        return f"95 % intervals over {seeds}, each by itself, not corrected for their number"
     return "intervals over people, which hold together with 95 % in each family of questions; one seed each"
 
 # %% ../nbs/11_statistics.ipynb #d1f6f09e

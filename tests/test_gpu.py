@@ -99,4 +99,4 @@ def test_the_dial_turns_on_the_card(dataset):
             assert next(there.network.parameters()).is_cuda
             assert model_bytes(here.network) == model_bytes(there.network)
             assert (here.upscale(small) - there.upscale(small)).abs().max() <= 2.5 / 255
-        assert (here.doubt(small) - there.doubt(small)).abs().max() <= 2.5 / 255
+        assert (here.doubt(small) - there.doubt(small)).abs().max() <= 1.25 / 255

@@ -288,7 +288,7 @@ def usable(
 
 # %% ../nbs/18_upscale.ipynb #29b67be5
 ENDS = ("sharp", "faithful")  # of the dial of the package, at fidelity 0 and 1: names in `pretrained()`
-FIDELITY = 0.5                # where that dial stands unless it is turned; make_weights.ipynb chooses it
+FIDELITY = 0.2                # where that dial stands unless it is turned; make_weights.ipynb chooses it
 
 
 def _check_fidelity(fidelity: float) -> None:

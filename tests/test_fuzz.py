@@ -101,7 +101,10 @@ FAILURES = {
 }
 IMPORTS = ()
 READERS = {
-    read.__name__: Reader(plain, read, ("*.txt",), (damage_bytes,), seconds=0.5, megabytes=100) for read in FAILURES
+    read.__name__: Reader(
+        plain, read, ("*.txt",), (damage_bytes,), seconds=0.5 if read is compute else 60, megabytes=100
+    )
+    for read in FAILURES
 }
 
 

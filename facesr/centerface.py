@@ -21,7 +21,8 @@ from PIL import Image
 from torchvision.ops import nms
 from tqdm import tqdm
 
-from .alignment import CELEBA_FRAME, similarity, warp
+from .alignment import similarity
+from .degradation import CELEBA_FRAME, warp
 
 # %% ../nbs/19_centerface.ipynb #6569b7f3
 CENTERFACE_SHA256 = "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"

@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .degradation import hr_face, HR_SIZE, LR_SIZE, pyramid, PYRAMID_SIZES, to_float, with_artefacts
+from .degradation import hr_face, HR_SIZE, LR_SIZE, lr_size, photographed, PHOTOGRAPH, pyramid
+from .degradation import PYRAMID_SIZES, to_float, with_artefacts
 from .images import file_content, IMAGE_SUFFIXES, MAX_BYTES, read_image
 
 # %% ../nbs/02_faces.ipynb #fa18511b
@@ -754,30 +755,41 @@ class Unusable(NamedTuple):
 
 def _decoded(
     path: Path,
-    kernel: str,
+    degradation: str,
 ) -> tuple[bytes, dict[int, np.ndarray]] | Unusable:  # SHA-256 of the file, and the face by size
-    "One face at every size of the pyramid."
+    "One face at every size; what chance decides of a photograph, the file's content does."
     try:
         content = file_content(path)
         image = read_image(content)
         if min(image.size) < HR_SIZE:
             return Unusable(f"{image.width}x{image.height} is smaller than {HR_SIZE}x{HR_SIZE}", min(image.size))
-        levels = pyramid(hr_face(image), kernel)
+        digest = hashlib.sha256(content).digest()
+        if degradation == PHOTOGRAPH:
+            levels = photographed(image, int.from_bytes(digest[:8]))
+        else:
+            levels = pyramid(hr_face(image), degradation)
     except FileNotFoundError:
         return Unusable("is not there")
     except (OSError, ValueError) as error:
         return Unusable(str(error))
-    return hashlib.sha256(content).digest(), {size: np.asarray(level) for size, level in levels.items()}
+    return digest, {size: np.asarray(level) for size, level in levels.items()}
 
 # %% ../nbs/02_faces.ipynb #92444f39
 @dataclass(frozen=True)
 class Pixels:
-    "Decoded faces: for each size of the pyramid a uint8 tensor [N, 3, size, size]; row i of each is `names[i]`."
+    """Decoded faces: for each size a uint8 tensor [N, 3, size, size]; row i of each is `names[i]`.
+
+    128 is the target, the smallest size the network's input."""
 
     names: list[str]
     levels: dict[int, Tensor]
     fingerprint: str         # SHA-256 over names and file contents: two runs with the same one saw the same faces
     skipped: dict[str, str]  # unreadable and small files and why, empty unless skipping was asked for
+
+    @property
+    def lr(self) -> Tensor:
+        "The inputs."
+        return self.levels[min(self.levels)]
 
 # %% ../nbs/02_faces.ipynb #ae8e38da
 def _refuse_unusable(
@@ -799,16 +811,17 @@ def _refuse_unusable(
 def read_pixels(
     images: Path,                      # the folder of `names`
     names: Sequence[str],              # file names; the order is kept
-    kernel: str = "bilinear-cascade",  # degradation, see `facesr.degradation.KERNELS`
-    skip_unreadable: bool = False,     # leave out files that give no face instead of stopping
+    degradation: str = "bilinear-cascade",  # a name in `facesr.degradation.DEGRADATIONS`
+    skip_unreadable: bool = False,          # leave out files that give no face instead of stopping
 ) -> Pixels:
     """Decode and degrade faces once, kept as 8 bit: about 65 kB a face.
 
     Raises ValueError naming files that cannot be read or are smaller than a target."""
-    kept, unusable, digest = [], {}, hashlib.sha256(kernel.encode())
-    levels = {size: torch.empty(len(names), 3, size, size, dtype=torch.uint8) for size in PYRAMID_SIZES}
+    kept, unusable, digest = [], {}, hashlib.sha256(degradation.encode())
+    sizes = [size for size in PYRAMID_SIZES if size >= lr_size(degradation)]
+    levels = {size: torch.empty(len(names), 3, size, size, dtype=torch.uint8) for size in sizes}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, found in zip(names, pool.map(lambda name: _decoded(images / name, kernel), names)):
+        for name, found in zip(names, pool.map(lambda name: _decoded(images / name, degradation), names)):
             if isinstance(found, Unusable):
                 unusable[name] = found
                 continue
@@ -889,8 +902,8 @@ class Batch:
     "Faces that go through the network together."
 
     names: list[str]
-    lr: Tensor                     # [B, 3, 16, 16] float in [-1, 1]
-    targets: dict[int, Tensor]     # by size 128, 64, 32: [B, 3, size, size] float in [-1, 1]
+    lr: Tensor                     # [B, 3, 16, 16] float in [-1, 1]; of photographs 32x32
+    targets: dict[int, Tensor]     # by size 128 and down to the input: [B, 3, size, size] float in [-1, 1]
     heatmap: Tensor | None = None  # [B, 1, 128, 128] float in [0, 1], where the run asks for one
 
     @property
@@ -944,7 +957,7 @@ class FaceDataset:
             h = self.maps(names)
             h = h if self.device is None else sent(h.half(), device).float()  # as `_kept` has them
             heatmap = torch.where(mirrored, h.flip(-1), h)
-        return Batch(names, levels.pop(PYRAMID_SIZES[-1]), levels, heatmap)
+        return Batch(names, levels.pop(min(levels)), levels, heatmap)
 
     def to(self, device: torch.device | str) -> "FaceDataset":
         "All faces and maps on a device, where batches are then made; maps in half precision, as a store has them."

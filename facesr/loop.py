@@ -228,7 +228,7 @@ class Loop:
         network: nn.Module | None = None,  # None: the one that config describes
     ):
         torch.manual_seed(config.seed)
-        network = network or SuperResolutionUNet(config.conv, config.width, config.blocks, config.filtered)
+        network = network or SuperResolutionUNet(**config.network)
         captured = (device := device_of(accelerator)).type == "cuda" and not why_plain(accelerator)
         self.config, self.accelerator = config, accelerator
         self.steps, self.left = 0, 1.0  # done; of the learning rate, where it is halved on a plateau

@@ -24,7 +24,7 @@ from torchmetrics.functional.image import (
 )
 from tqdm import tqdm
 
-from .degradation import degrade, hr_face, HR_SIZE, LR_SIZE, to_float, to_uint8
+from .degradation import degrade, hr_face, HR_SIZE, KERNELS, LR_SIZE, lr_size, to_float, to_uint8
 from .detection import bundled_detector, Detections, PartDetector
 from .faces import Pixels
 from .identity import FaceIdentity, landmark_boxes
@@ -297,11 +297,11 @@ def _check_images(name: str, images: Tensor, size: int, eight_bit: bool) -> None
 _FAR_OUTSIDE = 10.0  # no network's output, meant for [-1, 1], goes that far; pixels in [0, 255] do
 
 
-def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor) -> None:
+def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor, size: int) -> None:
     "Raise ValueError, naming the parameter, unless this is a batch as `Evaluator` documents it."
     _check_images("sr", sr, HR_SIZE, eight_bit=False)
     _check_images("hr", hr, HR_SIZE, eight_bit=True)
-    _check_images("lr", lr, LR_SIZE, eight_bit=True)
+    _check_images("lr", lr, size, eight_bit=True)
     if not len(sr) == len(hr) == len(lr) or len(sr) == 0:
         raise ValueError(
             f"sr, hr and lr hold {len(sr)}, {len(hr)} and {len(lr)} images; "
@@ -340,7 +340,7 @@ class Evaluator:
         lpips: Sequence[str] = ("alex", "vgg"),  # networks of LPIPS, a primary metric; () for none needs no weights
         device: str | torch.device = "cpu",      # where to compute
         groups: Sequence[str] = _USUAL_GROUPS,   # of METRICS; ("primary",) is quick, "identity" needs that extra
-        kernel: str = "bilinear-cascade",        # the degradation lr was made by, for `consistency`
+        kernel: str = "bilinear-cascade",        # the degradation lr was made by; a photograph has no `consistency`
         # whose boxes in the target are scored, class by class; None: eyes, nose and mouth, by the bundled one
         detector: PartDetector | None = None,
     ):
@@ -360,6 +360,7 @@ class Evaluator:
     def columns(self) -> list[str]:
         "The metrics it computes, as `metrics_among` orders them."
         left_out = {f"lpips_{net}" for net in ("alex", "vgg") if net not in self.lpips}
+        left_out |= set() if self.kernel in KERNELS else {"consistency"}
         groups = set(self.groups) - {"parts"}
         usual = [name for name, metric in METRICS.items() if metric.group in groups and name not in left_out]
         return metrics_among([*usual, *self.parts])
@@ -374,7 +375,7 @@ class Evaluator:
         names: Sequence[str] = (),  # of the files, for a detector that looks at these
     ) -> dict[str, Tensor]:         # column -> [B] float32 on the CPU
         "Every metric of every image. Raises ValueError for a wrong shape, type or range, or what is not finite."
-        _check_batch(sr, hr, lr)
+        _check_batch(sr, hr, lr, lr_size(self.kernel))
         sr, hr = sr.detach().to(self.device, torch.float32), hr.to(self.device)
         sr8 = to_uint8(sr)
         self.grid.add(sr8)
@@ -383,7 +384,9 @@ class Evaluator:
             detections = self.detector(hr, names)
             found |= {name: box_psnr(sr8, hr, part_boxes(detections, *which)) for name, which in self.parts.items()}
         if "secondary" in self.groups:
-            found |= _secondary(sr8, hr) | {"consistency": consistency(sr8, lr, self.kernel)}
+            found |= _secondary(sr8, hr)
+            if self.kernel in KERNELS:
+                found["consistency"] = consistency(sr8, lr, self.kernel)
         if "published" in self.groups:
             found |= _published(sr, to_float(hr))
         if self.identity is not None:
@@ -434,7 +437,7 @@ def predict(
     batch_size = batch_size or (10 if torch.device(device).type == "cpu" else 100)
     for start in range(0, len(pixels.names), batch_size):
         rows = slice(start, start + batch_size)
-        hr, lr = pixels.levels[128][rows], pixels.levels[16][rows]
+        hr, lr = pixels.levels[128][rows], pixels.lr[rows]
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             sr = model(to_float(lr).to(device, memory_format=torch.channels_last)).float().contiguous()
         yield pixels.names[rows], sr, hr, lr

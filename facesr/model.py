@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from .degradation import HR_SIZE
+from .degradation import HR_SIZE, LR_SIZE
 
 # %% ../nbs/06_model.ipynb #88d9e4b6
 def parameter_count(model: nn.Module) -> int:
@@ -113,6 +113,7 @@ class SeparableMerge(nn.Module):
 def separable(
     w: int,                  # channels at 16x16
     n: int,                  # residual blocks at 4, 8 and 32 pixels; twice as many at 16
+    inputs: int = 3,         # channels of the input
 ) -> tuple[nn.Module, ...]:  # encoder, bottleneck, decoder, upsampler, tail
     "Depthwise-separable, in inverted residual blocks. The comments hold for w = 80."
 
@@ -120,7 +121,7 @@ def separable(
         return [SeparableResidual(channels) for _ in range(count)]
 
     encoder = nn.ModuleList([
-        nn.Sequential(nn.Conv2d(3, w, 3, 1, 1), *residuals(w, 2 * n)),       # [B, 80, 16, 16]
+        nn.Sequential(nn.Conv2d(inputs, w, 3, 1, 1), *residuals(w, 2 * n)),  # [B, 80, 16, 16]
         nn.Sequential(nn.Conv2d(w, 2 * w, 2, 2), *residuals(2 * w, n)),      # [B, 160, 8, 8]
         nn.Sequential(nn.Conv2d(2 * w, 3 * w, 2, 2)),                        # [B, 240, 4, 4]
     ])
@@ -139,6 +140,7 @@ def separable(
 def standard(
     w: int,                  # channels at 16x16
     n: int,                  # residual blocks at 128x128
+    inputs: int = 3,         # channels of the input
 ) -> tuple[nn.Module, ...]:  # encoder, bottleneck, decoder, upsampler, tail
     "The paper's: dense convolutions, and residual blocks at the full size. The comments hold for w = 48."
 
@@ -146,7 +148,7 @@ def standard(
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, 1, 1), activation())
 
     encoder = nn.ModuleList([
-        double_conv(3, w),                                                   # [B, 48, 16, 16]
+        double_conv(inputs, w),                                              # [B, 48, 16, 16]
         double_conv(w, 2 * w, 2),                                            # [B, 96, 8, 8]
         double_conv(2 * w, 4 * w, 2),                                        # [B, 192, 4, 4]
         double_conv(4 * w, 8 * w, 2),                                        # [B, 384, 2, 2]
@@ -190,7 +192,7 @@ CONVS = {
 }
 
 
-def _settings(conv: str, width: int | None, blocks: int | None, filtered: bool | None) -> dict[str, Any]:
+def _settings(conv: str, width: int | None, blocks: int | None, filtered: bool | None, lr_size: int) -> dict[str, Any]:
     "What it takes to build a network, with the defaults of `conv`. Raises ValueError for what is not allowed."
     if conv not in CONVS:
         raise ValueError(f"conv is {conv!r}; allowed are {', '.join(CONVS)}")
@@ -201,7 +203,11 @@ def _settings(conv: str, width: int | None, blocks: int | None, filtered: bool |
             f"width is {width}, blocks {blocks} and filtered {filtered!r}; width has to be a multiple of 8 up to 512, "
             "blocks 1 to 32, filtered True or False"
         )
-    return {"conv": conv, "width": width, "blocks": blocks, "filtered": filtered}
+    if lr_size not in (LR_SIZE, 2 * LR_SIZE):
+        raise ValueError(f"lr_size is {lr_size!r}; allowed are {LR_SIZE} and {2 * LR_SIZE}")
+    return {"conv": conv, "width": width, "blocks": blocks, "filtered": filtered} | (
+        {} if lr_size == LR_SIZE else {"lr_size": lr_size}
+    )
 
 # %% ../nbs/06_model.ipynb #88090291
 def channels_last(module: nn.Module) -> nn.Module:
@@ -210,7 +216,7 @@ def channels_last(module: nn.Module) -> nn.Module:
 
 
 def global_skip(
-    lr: Tensor,  # [B, 3, 16, 16] in [-1, 1]
+    lr: Tensor,  # [B, 3, 16, 16] or larger, in [-1, 1]
     size: int,   # pixels a side
 ) -> Tensor:     # [B, 3, size, size]
     "The input, enlarged without learning. In plain layout it takes half the time that channels_last takes."
@@ -218,7 +224,7 @@ def global_skip(
 
 # %% ../nbs/06_model.ipynb #0051b61e
 class SuperResolutionUNet(nn.Module):
-    "16x16 face in, 128x128 face out."
+    "16x16 face in, 128x128 face out; or 32x32 in, four of whose pixels at a time become channels."
 
     def __init__(
         self,
@@ -226,11 +232,14 @@ class SuperResolutionUNet(nn.Module):
         width: int | None = None,   # channels at 16x16, a multiple of 8; None: the default of `conv`
         blocks: int | None = None,  # residual blocks, as in `separable` and `standard`; None: the default of `conv`
         filtered: bool | None = None,  # whether `Binomial` filters what the tail writes; None: the default of `conv`
+        lr_size: int = LR_SIZE,        # pixels a side of the input, 16 or 32
     ):
         super().__init__()
-        self.settings = _settings(conv, width, blocks, filtered)  # what it takes to build this network again
-        w, n = self.settings["width"], self.settings["blocks"]
-        parts = separable(w, n) if conv == "separable" else standard(w, n)
+        self.settings = _settings(conv, width, blocks, filtered, lr_size)  # what it takes to build this network again
+        self.lr_size, fold = lr_size, lr_size // LR_SIZE
+        self.fold = nn.PixelUnshuffle(fold) if fold > 1 else nn.Identity()
+        w, n, inputs = self.settings["width"], self.settings["blocks"], 3 * fold**2
+        parts = separable(w, n, inputs) if conv == "separable" else standard(w, n, inputs)
         self.encoder, self.bottleneck, self.decoder, self.upsampler, tail = parts
         self.tail = tail.append(Binomial()) if self.settings["filtered"] else tail
         self.channels = {32: w // 2, 64: w // 4} if conv == "separable" else {32: w, 64: w}  # on the way up, by size
@@ -238,16 +247,16 @@ class SuperResolutionUNet(nn.Module):
 
     def forward(
         self,
-        lr: Tensor,  # [B, 3, 16, 16] in [-1, 1]
+        lr: Tensor,  # [B, 3, lr_size, lr_size] in [-1, 1]
     ) -> Tensor:     # [B, 3, 128, 128], nominally in [-1, 1]
         return self.stages(lr)[HR_SIZE]
 
     def stages(
         self,
-        lr: Tensor,          # [B, 3, 16, 16] in [-1, 1]
+        lr: Tensor,          # [B, 3, lr_size, lr_size] in [-1, 1]
     ) -> dict[int, Tensor]:  # by size: 32 and 64 features [B, C, size, size], 128 the image [B, 3, 128, 128]
         "What the network has at each size on its way up."
-        x, skips, found = lr, [], {}
+        x, skips, found = self.fold(lr), [], {}
         for stage in self.encoder:
             x = stage(x)                                            # [B, 80, 16, 16], [B, 160, 8, 8], [B, 240, 4, 4]
             skips.append(x)
@@ -372,10 +381,10 @@ def load_model(
     return channels_last(model).eval()
 
 # %% ../nbs/06_model.ipynb #5e283959
-def gmac(model: nn.Module) -> float:
+def gmac(model: SuperResolutionUNet) -> float:
     "Multiply-accumulates for one face, in 10^9 (convolutions; counted by PyTorch's flop counter while running)."
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 16, 16, device=next(model.parameters()).device))
+        model(torch.zeros(1, 3, model.lr_size, model.lr_size, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2 / 1e9
 
 # %% ../nbs/06_model.ipynb #2c08027d

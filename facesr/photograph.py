@@ -23,9 +23,8 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from .alignment import CELEBA_FRAME, warp
 from .centerface import crookedness, cut, FACE_BOX, FoundFace, in_photograph, SmallFaces
-from .degradation import HR_SIZE, LR_SIZE, to_float, to_uint8
+from .degradation import CELEBA_FRAME, HR_SIZE, LR_SIZE, to_float, to_uint8, warp
 from .images import image_tensor, MAX_PIXELS, read_image
 from .runs import write_atomically
 from .upscale import already_there, check_options, check_places, encoded, naming, not_written, opened

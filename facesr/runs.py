@@ -603,12 +603,12 @@ SHOWN_QUALITY = 90   # of WebP
 
 
 def shown_picture(
-    lr: Tensor,       # [N, 3, 16, 16] uint8
+    lr: Tensor,       # [N, 3, 16, 16] or [N, 3, 32, 32] uint8
     sr: Tensor,       # [N, 3, 128, 128] uint8
     hr: Tensor,       # [N, 3, 128, 128] uint8
 ) -> bytes:           # a WebP file
     "Inputs, outputs and targets, a row each."
-    scale = HR_SIZE // LR_SIZE
+    scale = HR_SIZE // lr.shape[-1]
     enlarged = lr.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     sheet = torch.cat([torch.cat(list(row), dim=-1) for row in (enlarged, sr, hr)], dim=-2)
     return webp(Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()), SHOWN_QUALITY)

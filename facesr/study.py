@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from .degradation import KERNELS
+from .degradation import DEGRADATIONS, lr_size
 from .model import CONVS
 
 # %% ../nbs/12_study.ipynb #7583ba4e
@@ -76,6 +76,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2, "mixed_precision": "bf16", "learning_rate": 1e-3, "perceptual_weight": 0.0, "lpips_weight": 0.3,
         "perceptual_crop": 96, "perceptual_share": 0.25, "kept_by": "published",
     },
+    "photographs": _faces(30_000, 500, 2_500) | {
+        "epochs": 8, "mixed_precision": "bf16", "degradation": "photograph", "width": 56, "perceptual_weight": 0.0,
+        "lpips_weight": 0.1, "perceptual_crop": 96, "perceptual_share": 0.25,
+    },
     "paper": _faces(30_000, 6_000, 6_000) | {
         "conv": "standard", "batch_size": 64, "mixed_precision": "fp16", "learning_rate": 1e-4,
         "perceptual_weight": 0.02, "perceptual_crop": 128, "perceptual_share": 1.0,
@@ -94,6 +98,7 @@ GRIDS: dict[str, dict[str, int]] = {  # preset -> variant or control -> seeds
     "own": dict.fromkeys(["baseline", "uniform", "heatmap"], 1),
     "faithful": {"uniform": 1},
     "sharp": {"baseline": 1},
+    "photographs": {"uniform": 1},
     "paper": dict.fromkeys([*VARIANTS, "uniform"], 1),
     "seeds": dict.fromkeys([*VARIANTS, "uniform", "squared", "mean", "shuffled"], 6),
 }
@@ -115,7 +120,7 @@ Supervision = Literal[
     "deep",        # again at 64 and 32, on auxiliary heads
 ]
 VGG16Weights = Literal["IMAGENET1K_V1", "IMAGENET1K_FEATURES"]  # the second can only be downloaded
-_NAMES = {"variant": VARIANTS | CONTROLS, "preset": PRESETS, "degradation": KERNELS, "conv": CONVS}
+_NAMES = {"variant": VARIANTS | CONTROLS, "preset": PRESETS, "degradation": DEGRADATIONS, "conv": CONVS}
 
 
 def _one_of(value: str, names: Collection[str]) -> str:
@@ -140,7 +145,7 @@ class WhichRun(BaseModel):
     val_faces: int | None = Field(None, ge=1, description="the same for validation")
     test_faces: int | None = Field(None, ge=1, description="the same for the test")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be decoded instead of stopping")
-    degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in KERNELS")
+    degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in DEGRADATIONS")
     artefacts: float = Field(0.0, ge=0, le=1, description="share of training inputs with noise and JPEG's traces")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network; None: the default of conv
@@ -214,6 +219,12 @@ class Config(Minimised):
     @classmethod
     def _named(cls, value: str, info) -> str:
         return _one_of(value, _NAMES[info.field_name])
+
+    @property
+    def network(self) -> dict[str, Any]:
+        "The arguments of `facesr.model.SuperResolutionUNet`."
+        names = ("conv", "width", "blocks", "filtered")
+        return {name: getattr(self, name) for name in names} | {"lr_size": lr_size(self.degradation)}
 
     def settings(self) -> dict[str, Any]:
         "What decides the result: every parameter but bookkeeping."

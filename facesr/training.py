@@ -131,11 +131,11 @@ def first_network(
         return None
     network = load_model(as_folder("initial", config.initial))
     with torch.device("meta"):
-        asked = SuperResolutionUNet(config.conv, config.width, config.blocks, config.filtered).settings
+        asked = SuperResolutionUNet(**config.network).settings
     if network.settings != asked:
         raise ValueError(
             f"initial is {config.initial}, a network of {network.settings}, and the run is of {asked}; "
-            "set conv, width, blocks and filtered to those of the weights"
+            "set conv, width, blocks, filtered and degradation to those of the weights"
         )
     return network
 
@@ -249,7 +249,7 @@ def keep_frame(trainer: "Trainer") -> None:
     "The outputs for the fixed faces, of the epochs that are shown."
     epoch = len(trainer.progress.history)
     if epoch in shown_epochs(trainer.config.epochs):
-        fixed = to_float(trainer.pixels["val"].levels[16][:FIXED_FACES]).to(trainer.accelerator.device)
+        fixed = to_float(trainer.pixels["val"].lr[:FIXED_FACES]).to(trainer.accelerator.device)
         with torch.inference_mode():
             trainer.progress.frames[epoch] = to_uint8(trainer.loop.average.module(fixed).float()).cpu()
 
@@ -259,7 +259,7 @@ def progress_figure(trainer: "Trainer") -> Figure:
     val, history = trainer.pixels["val"], trainer.progress.history
     psnr = {row["epoch"]: row["val_psnr"] for row in history}
     frames = {f"epoch {epoch}\n{psnr[epoch]:.2f} dB": x for epoch, x in trainer.progress.frames.items()}
-    rows = {"input": val.levels[16][:FIXED_FACES], **frames, "target": val.levels[128][:FIXED_FACES]}
+    rows = {"input": val.lr[:FIXED_FACES], **frames, "target": val.levels[128][:FIXED_FACES]}
     return picture_rows(rows, size=0.9)
 
 # %% ../nbs/15_training.ipynb #85edadfc
@@ -699,7 +699,7 @@ def fit(
     device = device_of(trainer.accelerator)
     with interruptible(trainer), until_the_step_ends() as asked:
         dataset = resident(FaceDataset(trainer.pixels["train"], trainer.maps), device, trainer.report)
-        evaluator = Evaluator(lpips=judges(trainer.config), device=device, groups=("primary",))
+        evaluator = Evaluator(judges(trainer.config), device, ("primary",), trainer.config.degradation)
         clock = Clock(trainer, asked)
         while not is_over(trainer):
             start_epoch(trainer)
@@ -747,6 +747,7 @@ def judged(
     test: Pixels,         # its test faces
     model: SuperResolutionUNet,
     table: pd.DataFrame,  # a row a test face, as `tested` gives it
+    degradation: str,     # that made the inputs
     device: torch.device,
     report: Callable[[str], None],
 ) -> pd.DataFrame:
@@ -756,7 +757,7 @@ def judged(
     if table["person"].isna().any() or source.annotations:
         return table
     try:
-        evaluator = Evaluator(lpips=(), groups=("identity",), device=device)
+        evaluator = Evaluator((), device, ("identity",), degradation)
     except ValueError as error:
         report(f"identity and landmarks are not measured: {error}")
         return table
@@ -769,7 +770,7 @@ def judged(
 def shown_record(trainer: Trainer) -> list[dict[str, Any]]:
     "Which test faces the run keeps to be looked at, and why."
     test = trainer.pixels["test"]
-    chosen = choose_shown(test.levels[16], test.levels[128])
+    chosen = choose_shown(test.lr, test.levels[128])
     return [{"name": test.names[row], "why": why, "bicubic_psnr": round(score, 2)} for row, why, score in chosen]
 
 # %% ../nbs/15_training.ipynb #54827579
@@ -777,7 +778,7 @@ def shown_outputs(trainer: Trainer, model: SuperResolutionUNet, shown: list[dict
     "Their inputs, outputs and targets, as a WebP file."
     test = trainer.pixels["test"]
     rows = [test.names.index(face["name"]) for face in shown]
-    lr, hr = test.levels[16][rows], test.levels[128][rows]
+    lr, hr = test.lr[rows], test.levels[128][rows]
     device = next(model.parameters()).device
     with torch.inference_mode():
         sr = to_uint8(model(to_float(lr).to(device)).float()).cpu()
@@ -856,7 +857,8 @@ def finish(
     with interruptible(trainer):
         model, device = best_model(trainer), device_of(trainer.accelerator)
         table, grid = tested(trainer, model)
-        table = judged(trainer.faces, trainer.pixels["test"], model, table, device, trainer.report)
+        kind, test = trainer.config.degradation, trainer.pixels["test"]
+        table = judged(trainer.faces, test, model, table, kind, device, trainer.report)
         write_results(trainer, model, table, grid)
         publish(trainer.folder, made_of(trainer.asked, trainer.root) | trainer.initial, notebook)
     trainer.free()
@@ -882,7 +884,7 @@ def judge_later(
     if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != metrics["weights_sha256"]:
         raise ValueError(f"{folder / 'model.safetensors'} has other weights than those that were measured")
     model = load_model(folder / "model.safetensors").eval()
-    more = judged(source, test, model, table, torch.device("cpu"), report)
+    more = judged(source, test, model, table, config.degradation, torch.device("cpu"), report)
     if len(more.columns) > len(table.columns):
         write_json(folder / "metrics.json", metrics | {"test": summarise(more) | metrics["test"]})
         write_atomically(folder / "per_image.csv", more.to_csv(index=False, float_format="%.6g"))  # last: it is asked

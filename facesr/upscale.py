@@ -31,8 +31,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .alignment import CELEBA_FRAME, FaceFinder, warp
-from .degradation import degrade, hr_face, HR_SIZE, interpolate, LR_SIZE, to_float, to_uint8
+from .alignment import FaceFinder
+from .degradation import CELEBA_FRAME, degrade, hr_face, HR_SIZE, interpolate, LR_SIZE, to_float, to_uint8, warp
 from .images import image_files, IMAGE_SUFFIXES, image_tensor, read_image, upright_rgb, WRITTEN_SUFFIXES
 from .model import load_model, model_bytes, parameter_count, SuperResolutionUNet
 from .runs import read_json, write_atomically, write_json

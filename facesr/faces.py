@@ -756,8 +756,9 @@ class Unusable(NamedTuple):
 def _decoded(
     path: Path,
     degradation: str,
+    seed: int,
 ) -> tuple[bytes, dict[int, np.ndarray]] | Unusable:  # SHA-256 of the file, and the face by size
-    "One face at every size; what chance decides of a photograph, the file's content does."
+    "One face at every size; what chance decides of a photograph, the file's content does, and the seed."
     try:
         content = file_content(path)
         image = read_image(content)
@@ -765,7 +766,7 @@ def _decoded(
             return Unusable(f"{image.width}x{image.height} is smaller than {HR_SIZE}x{HR_SIZE}", min(image.size))
         digest = hashlib.sha256(content).digest()
         if degradation == PHOTOGRAPH:
-            levels = photographed(image, int.from_bytes(digest[:8]))
+            levels = photographed(image, int.from_bytes(digest[:8]) + seed)
         else:
             levels = pyramid(hr_face(image), degradation)
     except FileNotFoundError:
@@ -813,15 +814,16 @@ def read_pixels(
     names: Sequence[str],              # file names; the order is kept
     degradation: str = "bilinear-cascade",  # a name in `facesr.degradation.DEGRADATIONS`
     skip_unreadable: bool = False,          # leave out files that give no face instead of stopping
+    seed: int = 0,                          # of photographs: another one takes the same faces otherwise
 ) -> Pixels:
     """Decode and degrade faces once, kept as 8 bit: about 65 kB a face.
 
     Raises ValueError naming files that cannot be read or are smaller than a target."""
-    kept, unusable, digest = [], {}, hashlib.sha256(degradation.encode())
+    kept, unusable, digest = [], {}, hashlib.sha256((degradation + (f"/{seed}" if seed else "")).encode())
     sizes = [size for size in PYRAMID_SIZES if size >= lr_size(degradation)]
     levels = {size: torch.empty(len(names), 3, size, size, dtype=torch.uint8) for size in sizes}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, found in zip(names, pool.map(lambda name: _decoded(images / name, degradation), names)):
+        for name, found in zip(names, pool.map(lambda name: _decoded(images / name, degradation, seed), names)):
             if isinstance(found, Unusable):
                 unusable[name] = found
                 continue

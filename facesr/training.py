@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .degradation import HR_SIZE, to_float, to_uint8
+from .degradation import HR_SIZE, PHOTOGRAPH, to_float, to_uint8
 from .detection import bundled_detector, drawn_boxes
 from .faces import EpochBatches, Every, FaceDataset, FaceSet, LINE_SECONDS, Pace, Pixels, duration, find_data
 from .faces import find_faces, left_out, read_pixels, spoilt
@@ -87,7 +87,8 @@ def _count(found: int, split: str, limit: int | None) -> str:
 def _read_split(config: Config, faces: FaceSet, split: str, names: list[str]) -> Pixels:
     if not names:
         raise ValueError(f"there are no {split} faces in the data ({faces}); every split needs some")
-    pixels = read_pixels(faces.images, names, config.degradation, config.skip_unreadable)
+    seed = config.seed if split == "train" and config.degradation == PHOTOGRAPH else 0
+    pixels = read_pixels(faces.images, names, config.degradation, config.skip_unreadable, seed)
     if not pixels.names:
         raise ValueError(f"none of the {len(names):,} {split} faces can be read ({faces})")
     return spoilt(pixels, config.artefacts, config.seed) if split == "train" and config.artefacts else pixels

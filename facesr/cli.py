@@ -10,8 +10,8 @@ __all__ = ['PLAUSIBLE', 'app', 'heatmaps_app', 'PresetOption', 'SeedOption', 'Da
            'StoreArgument', 'FigureOption', 'PublishedArgument', 'NewStoreArgument', 'NamesOption', 'ImagesOption',
            'PublishedOut', 'SourceArgument', 'OutputsArgument', 'SheetOption', 'FacesOption', 'BatchOption',
            'PrepareOption', 'ExistingOption', 'WEIGHTS_HELP', 'WeightsOption', 'FIDELITY_HELP', 'FidelityOption',
-           'ScaleOption', 'ReportOption', 'MadeArgument', 'TargetsArgument', 'CropOption', 'DegradationOption',
-           'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption', 'CheckpointArgument',
+           'ScaleOption', 'DrawingOption', 'ReportOption', 'MadeArgument', 'TargetsArgument', 'CropOption',
+           'DegradationOption', 'PeopleOption', 'NoLpipsOption', 'IdentityOption', 'TableOption', 'CheckpointArgument',
            'SafetensorsArgument', 'WeightsArgument', 'TurnedOption', 'OnnxOption', 'PrecisionOption', 'HubOption',
            'say_version', 'facesr', 'home', 'path', 'one_of', 'study_command', 'given_settings', 'train_command',
            'run_row', 'run_folders', 'aligned', 'runs_command', 'print_store', 'chosen_device', 'heatmaps_make',
@@ -582,6 +582,7 @@ def upscale_command(
 ScaleOption = Annotated[
     str, typer.Option(parser=one_of(tuple(map(str, SCALES))), help=f"How often as wide: {', '.join(map(str, SCALES))}.")
 ]
+DrawingOption = Annotated[str, typer.Option("--weights", parser=home, help=WEIGHTS_HELP)]
 ReportOption = Annotated[
     Path | None,
     typer.Option(parser=path, help="Also a JSON file: every face, its box and size, what was done and why not."),
@@ -610,11 +611,10 @@ def photograph_command(
     existing: ExistingOption = "stop",
     sheet: SheetOption = None,
     report: ReportOption = None,
-    fidelity: FidelityOption = None,
-    weights: WeightsOption = None,
+    weights: DrawingOption = "photographs",
     device: DeviceOption = None,
 ):
-    photograph = Photograph(Upscaler.from_pretrained(weights, chosen_device(device), fidelity=fidelity))
+    photograph = Photograph(Upscaler.from_pretrained(weights, chosen_device(device)))
     outcome, records = photograph_files(photograph, source, out, int(scale), existing, sheet, report, progress=True)
     say_outcome(source, out, outcome, faces_line(records))
 
@@ -809,8 +809,10 @@ def export_command(
     if precision != PRECISIONS[0] and not onnx:
         raise typer.BadParameter("--precision is of an ONNX file: --onnx FILE")
     if onnx:
-        export_onnx(Upscaler.from_pretrained(weights, fidelity=fidelity).network, onnx, precision)
-        print(f"{onnx}: lr [faces, 3, 16, 16] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
+        network = Upscaler.from_pretrained(weights, fidelity=fidelity).network
+        export_onnx(network, onnx, precision)
+        side = network.lr_size
+        print(f"{onnx}: lr [faces, 3, {side}, {side}] -> sr [faces, 3, 128, 128], float32 RGB in [0, 1]")
     if hub:
         export_hub(weights, hub, fidelity)
         print(f"{hub}: model.safetensors, config.json, README.md; hf upload OWNER/NAME {hub} sends them to the hub")

@@ -756,7 +756,7 @@ class Unusable(NamedTuple):
 def _decoded(
     path: Path,
     degradation: str,
-    seed: int,
+    seed: int = 0,
 ) -> tuple[bytes, dict[int, np.ndarray]] | Unusable:  # SHA-256 of the file, and the face by size
     "One face at every size; what chance decides of a photograph, the file's content does, and the seed."
     try:

@@ -192,7 +192,13 @@ CONVS = {
 }
 
 
-def _settings(conv: str, width: int | None, blocks: int | None, filtered: bool | None, lr_size: int) -> dict[str, Any]:
+def _settings(
+    conv: str,
+    width: int | None,
+    blocks: int | None,
+    filtered: bool | None,
+    lr_size: int = LR_SIZE,
+) -> dict[str, Any]:
     "What it takes to build a network, with the defaults of `conv`. Raises ValueError for what is not allowed."
     if conv not in CONVS:
         raise ValueError(f"conv is {conv!r}; allowed are {', '.join(CONVS)}")

@@ -41,7 +41,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from .degradation import HR_SIZE, LR_SIZE, interpolate, to_float, to_uint8
+from .degradation import HR_SIZE, interpolate, lr_size, to_float, to_uint8
 from .images import file_content
 from .model import SuperResolutionUNet, parameter_count
 from .study import as_folder, CONTROLS, PRESETS, VARIANTS, Config
@@ -620,7 +620,7 @@ class Shown:
     names: list[str]
     why: list[str]              # "evenly spread", "hardest", "median" or "easiest"
     bicubic_psnr: list[float]   # in dB
-    input: Tensor               # [N, 3, 16, 16] uint8
+    input: Tensor               # [N, 3, 16, 16] or [N, 3, 32, 32] uint8
     output: Tensor              # [N, 3, 128, 128] uint8
     target: Tensor              # [N, 3, 128, 128] uint8
 
@@ -641,7 +641,8 @@ def read_shown(
         enlarged, sr, hr = (row.view(len(about), 3, HR_SIZE, HR_SIZE) for row in rows)
     except Exception as error:  # a damaged picture can fail anywhere
         raise cannot_be_read(path, error) from error
-    lr = to_uint8(torch.nn.functional.avg_pool2d(to_float(enlarged), HR_SIZE // LR_SIZE))
+    size = lr_size(read_json(folder / "config.json", config=dict)["config"].get("degradation", "bilinear-cascade"))
+    lr = to_uint8(torch.nn.functional.avg_pool2d(to_float(enlarged), HR_SIZE // size))
     return Shown(*columns, lr, sr, hr)
 
 # %% ../nbs/14_runs.ipynb #beb8c1af

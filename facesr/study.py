@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from .degradation import DEGRADATIONS, lr_size
+from .degradation import DEGRADATIONS, lr_size, PHOTOGRAPH
 from .model import CONVS
 
 # %% ../nbs/12_study.ipynb #7583ba4e
@@ -258,6 +258,11 @@ def resolve(
         config = Config(**chosen | {"variant": variant, "preset": preset})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
+    if config.degradation == PHOTOGRAPH and config.supervision != "output":
+        raise ValueError(
+            f"supervision is {config.supervision!r}; with degradation {PHOTOGRAPH!r} only 'output' is allowed: its "
+            "inputs have 32 pixels themselves"
+        )
     if config.perceptual_weight == config.pixel_weight == config.attention_weight == 0:
         raise ValueError(
             "pixel_weight, perceptual_weight and attention_weight are all 0; at least one term has to be minimised"

@@ -434,7 +434,7 @@ class _TensorUpscaler:
     @torch.inference_mode()
     def upscale(
         self,
-        lr: Tensor,  # [N, 3, 16, 16] float in [-1, 1]
+        lr: Tensor,  # [N, 3, lr_size, lr_size] float in [-1, 1], of the network's lr_size: 16, of photographs 32
     ) -> Tensor:     # [N, 3, 128, 128] float in [-1, 1], where the inputs are
         "The network itself, a batch at a time. A face comes out the same whichever others go with it."
         return _in_batches(self.network, lr, self.batch_size, self.device)
@@ -483,6 +483,18 @@ class Upscaler(_TensorUpscaler):
             )
         return cls(load_model(_weights_file(name_or_path)), device, batch_size)
 
+    def ready(
+        self,
+        prepare: str | None,  # a name in PREPARATIONS, or None
+    ) -> None:
+        "Raises ValueError where this network or this machine cannot draw from what is prepared so."
+        if (side := self.network.lr_size) != LR_SIZE:
+            raise ValueError(
+                f"these weights take faces of {side}x{side} pixels, cut out of photographs: use facesr photograph, "
+                f"or weights for {LR_SIZE}x{LR_SIZE}, {' or '.join(ENDS)} for example"
+            )
+        self.small.ready(prepare)
+
     def __call__(
         self,
         images: Any,                  # image, path, array, tensor, or a list of these
@@ -490,7 +502,7 @@ class Upscaler(_TensorUpscaler):
         return_doubt: bool = False,   # also say, pixel by pixel, where the answers part: see `doubt`
     ) -> Any:                         # 128x128, the same kind; an image for a path; with doubt, a pair
         "The faces, up-scaled. Raises ValueError that says what was found and what is allowed."
-        self.small.ready(prepare)  # no fault of any image
+        self.ready(prepare)  # no fault of any image
         small, outputs, doubts = partial(self.small, prepare=prepare), [], []
         for first, part in _batches(images, self.batch_size):
             take = _taken_list if isinstance(part, (list, tuple)) else _taken_one
@@ -727,7 +739,7 @@ def upscale_files(
     outputs, others = planned_outputs(source, out)
     aims = _planned_targets(outputs, Path(source), Path(out), targets) if targets else {}
     check_places(outputs, [*outputs.values(), *aims.values(), *([sheet] if sheet else [])])
-    upscaler.small.ready(prepare)
+    upscaler.ready(prepare)
     there = already_there([*outputs.values(), *aims.values()], existing, sheet)
     kept = {path for path in there if path.is_file()} if existing == "skip" else set()
     outcome = Outcome(kept=sorted(kept.intersection(outputs.values())), others=others)
@@ -759,7 +771,7 @@ class _UnitRange(nn.Module):
 
 
 _DESCRIPTION = (
-    "facesr: 16x16 face to a plausible 128x128 one, not evidence of who someone is. "
+    "facesr: a small face to a plausible 128x128 one, not evidence of who someone is. "
     "RGB in [0, 1], NCHW. For non-commercial research."
 )
 
@@ -790,7 +802,7 @@ def export_onnx(
     path: str | Path,              # the .onnx file to write
     precision: str = "float32",    # of weights, a name in PRECISIONS
 ) -> None:
-    """Input `lr` [N, 3, 16, 16], output `sr` [N, 3, 128, 128]; both float32, RGB in [0, 1].
+    """Input `lr` [N, 3, 16, 16], of photographs 32x32, output `sr` [N, 3, 128, 128]; both float32, RGB in [0, 1].
 
     Raises ValueError where the extra 'onnx' is not installed, OSError where the file cannot be written."""
     if precision not in PRECISIONS:
@@ -804,7 +816,7 @@ def export_onnx(
         ) from error
     program = torch.onnx.export(
         _UnitRange(deepcopy(network).to("cpu")).eval(),
-        (torch.zeros(2, 3, LR_SIZE, LR_SIZE),),
+        (torch.zeros(2, 3, network.lr_size, network.lr_size),),
         dynamo=True,
         verbose=False,
         input_names=["lr"],
@@ -841,7 +853,7 @@ def _card_head(
 # %% ../nbs/18_upscale.ipynb #1b20a153
 _CARD = """# {name}
 
-Super-resolution from 16x16 to 128x128 by facesr: {settings}, {parameters:,} parameters.
+Super-resolution to 128x128 by facesr: {settings}, {parameters:,} parameters.
 
 **The output is plausible, and no evidence.** Sixteen pixels fit many faces. Do not use it to identify anyone. Weights
 trained on CelebA are for non-commercial research; those trained on other images may be bound by the licence of these.
@@ -887,7 +899,7 @@ def export_hub(
     else:
         name, settings = folder.resolve().name, ", ".join(f"{key} {value}" for key, value in network.settings.items())
         about = _CARD.format(name=name, settings=settings, parameters=size)
-    sizes = {"library_name": "facesr", "lr_size": LR_SIZE, "hr_size": HR_SIZE, "parameters": size}
+    sizes = {"library_name": "facesr", "lr_size": network.lr_size, "hr_size": HR_SIZE, "parameters": size}
     turned = {} if file else {"fidelity": upscaler.fidelity}
     write_atomically(folder / HUB_WEIGHTS, model_bytes(network))
     write_json(folder / "config.json", sizes | turned | network.settings)

@@ -12,6 +12,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from conftest import BUNDLED, FACESR, ROOT
 from PIL import Image
 
@@ -181,6 +182,25 @@ def test_a_dial_and_weights_are_not_both_taken(facesr, tmp_path):
     assert result.returncode == 1 and not (tmp_path / "x.png").exists()
     said = "error: fidelity is 0.5, and 'sharp' names a single network; give one of the two"
     assert result.stderr.strip().splitlines()[-1].startswith(said)
+
+
+def test_weights_for_photographs_are_refused_before_anything_is_written(facesr, tmp_path):
+    result = facesr("upscale", FACE, tmp_path / "a.png", "--prepare", "face-crop", "--weights", "photographs")
+    assert result.returncode == 1 and not list(tmp_path.iterdir())
+    assert result.stderr.splitlines()[-1].startswith("error: these weights take faces of 32x32 pixels, cut out of photog")
+    with pytest.raises(ValueError, match="use facesr photograph, or weights for 16x16, sharp or faithful for example"):
+        Upscaler.from_pretrained("photographs")(np.zeros((16, 16, 3), np.uint8))
+
+
+def test_weights_for_photographs_leave_as_onnx(facesr, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert facesr("export", "photographs", "--onnx", tmp_path / "face.onnx").returncode == 0
+    lr = np.random.default_rng(0).random((3, 3, 32, 32), np.float32)
+    (sr,) = onnxruntime.InferenceSession(tmp_path / "face.onnx").run(None, {"lr": lr})
+    upscaler = Upscaler.from_pretrained("photographs")
+    expected = (upscaler.upscale(torch.from_numpy(lr) * 2 - 1).numpy() + 1) / 2
+    assert np.abs(sr - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("fidelity", [-1e-9, 1 + 1e-9, float("nan"), float("-inf"), "0.5", True, 0.5j, [0.5]])

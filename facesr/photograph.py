@@ -30,7 +30,7 @@ from .upscale import already_there, check_options, check_places, encoded, naming
 from .upscale import Outcome, planned_outputs, SHEET_FACES, side_by_side, Upscaler
 
 # %% ../nbs/20_photograph.ipynb #3e780378
-SMALLEST, LARGEST = 10, 48  # pixels a side of the crop
+SMALLEST, LARGEST = 10, 32  # pixels a side of the crop
 STEEPEST = 60               # degrees
 SIDEWAYS = 0.3              # so far from its place a landmark may be, in distances between the eyes
 
@@ -81,7 +81,7 @@ def face_mask(
     return (inside**2 * (3 - 2 * inside)).astype(np.float32)[..., None]
 
 # %% ../nbs/20_photograph.ipynb #0a67168b
-AGREES = 1.0  # pixels of the photograph: how far the blur reaches within which the drawn face agrees with it
+AGREES = 0.75  # pixels of the photograph: how far the blur reaches within which the drawn face agrees with it
 
 
 def agreeing(

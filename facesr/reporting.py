@@ -1394,7 +1394,7 @@ def worst_served(by_tone: pd.DataFrame) -> str:
         worst, best = (means.idxmin(), means.idxmax())[:: 1 if metric.higher_is_better else -1]
         said.append(f"{metric.label} is worst for the {worst} ({number(means[worst], metric)}, "
                     f"{number(means[best], metric)} for the {best})")
-    return "; ".join(said) + ". These are means over the variants."
+    return "; ".join(said) + "."
 
 # %% ../nbs/16_reporting.ipynb #4392ebe1
 def limits_of_faces(runs: Sequence[CompleteRun]) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.resources import files
 from io import BytesIO
 from numbers import Real
@@ -417,7 +417,6 @@ class _TensorUpscaler:
         self.network = network.to(self.device).eval()
         self.small = Preparer(str(self.device))
         self.dial, self.fidelity = dial, None
-        self._asked = [self.network] if dial is None else [dial.network(end).to(self.device) for end in (0, 1)]
         if dial is not None or fidelity is not None:
             self.turn(FIDELITY if fidelity is None else fidelity)
 
@@ -430,6 +429,11 @@ class _TensorUpscaler:
             raise ValueError("fidelity is of a dial, and a single network has none; leave out the name of the weights")
         self.dial.turn(self.network, fidelity)
         self.fidelity = float(fidelity)
+
+    @cached_property
+    def _ends(self) -> list[SuperResolutionUNet]:
+        "The networks of both ends of the dial, made when doubt is asked for the first time."
+        return [self.dial.network(end).to(self.device) for end in (0, 1)]
 
     @torch.inference_mode()
     def upscale(
@@ -448,11 +452,12 @@ class _TensorUpscaler:
 
         It is blind to mistakes that all answers share. Where the dial stands does not matter."""
         draw = partial(_in_batches, size=self.batch_size, device=self.device)
+        asked = [self.network] if self.dial is None else self._ends
         doubt = torch.empty(len(lr), HR_SIZE, HR_SIZE, device=lr.device)
         for first in range(0, len(lr), self.batch_size):
             part = lr[first : first + self.batch_size]
-            straight = [draw(network, part) for network in self._asked]
-            mirrored = [draw(network, part.flip(-1)).flip(-1) for network in self._asked]
+            straight = [draw(network, part) for network in asked]
+            mirrored = [draw(network, part.flip(-1)).flip(-1) for network in asked]
             doubt[first : first + len(part)] = _spread(straight + mirrored)
         return doubt
 

@@ -187,7 +187,7 @@ def test_a_dial_and_weights_are_not_both_taken(facesr, tmp_path):
 def test_weights_for_photographs_are_refused_before_anything_is_written(facesr, tmp_path):
     result = facesr("upscale", FACE, tmp_path / "a.png", "--prepare", "face-crop", "--weights", "photographs")
     assert result.returncode == 1 and not list(tmp_path.iterdir())
-    assert result.stderr.splitlines()[-1].startswith("error: these weights take faces of 32x32 pixels, cut out of photog")
+    assert result.stderr.splitlines()[-1].startswith("error: these weights take faces of 32x32 pixels")
     with pytest.raises(ValueError, match="use facesr photograph, or weights for 16x16, sharp or faithful for example"):
         Upscaler.from_pretrained("photographs")(np.zeros((16, 16, 3), np.uint8))
 

@@ -22,6 +22,7 @@ LARGEST, TABLES = 6_500_000, 700_000  # bytes: of a file of weights, of all tabl
 HOME = ROOT / "results" / "weights"
 SUMMARY = json.loads((HOME / "summary.json").read_text())
 SETTINGS = {"sharp": 0.0, "default": FIDELITY, "faithful": 1.0}
+MADE = SUMMARY["ends"] | {"photographs": SUMMARY["photographs"]}  # name in the package: its run
 STOPS = sorted({0.0, 0.25, 0.5, 0.75, 1.0, FIDELITY})
 
 
@@ -68,6 +69,18 @@ def test_the_ends_reach_what_they_are_for():
 # What ships
 
 
+def test_all_that_ships_is_told_of():
+    card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert sorted(MADE) == pretrained() and all(f"`{name}.safetensors`" in card for name in MADE)
+
+
+def test_the_network_for_photographs_takes_faces_of_32_pixels():
+    settings = load_model(WEIGHTS / "photographs.safetensors").settings
+    assert settings == {"conv": "separable", "width": 56, "blocks": 3, "filtered": True, "lr_size": 32}
+    run = record(SUMMARY["photographs"])
+    assert run.config["preset"] == "photographs" and run.metrics["best_epoch"] == run.config["epochs"]
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_what_ships_is_small_and_of_one_kind(end):
     assert (WEIGHTS / f"{end}.safetensors").stat().st_size <= LARGEST
@@ -75,12 +88,12 @@ def test_what_ships_is_small_and_of_one_kind(end):
     assert load_model(WEIGHTS / f"{end}.safetensors").settings == settings
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", MADE)
 def test_what_ships_is_the_run_rounded(end):
     "To the bit, where the run is on this machine."
-    trained = ROOT / "results" / "mine" / SUMMARY["ends"][end] / "model.safetensors"
+    trained = ROOT / "results" / "mine" / MADE[end] / "model.safetensors"
     if not trained.exists():
-        pytest.skip(f"{SUMMARY['ends'][end]} was not made here")
+        pytest.skip(f"{MADE[end]} was not made here")
     assert model_bytes(load_model(trained).half()) == (WEIGHTS / f"{end}.safetensors").read_bytes()
 
 

@@ -826,7 +826,9 @@ class Case:
 
 def _scratch() -> Path:
     "The folder of this process's files; who started it removes it."
-    return Path(os.environ.setdefault("FACESR_FUZZ", tempfile.mkdtemp(prefix="facesr-fuzz-")))
+    if "FACESR_FUZZ" not in os.environ:
+        os.environ["FACESR_FUZZ"] = tempfile.mkdtemp(prefix="facesr-fuzz-")
+    return Path(os.environ["FACESR_FUZZ"])
 
 
 def valid_files(kind: str, readers: dict[str, Reader]) -> Path:

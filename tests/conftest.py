@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import pytest
@@ -27,6 +28,13 @@ def same_environment():
     "Whatever a test, or the library in its process, does to the environment ends with the test."
     with patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="session")
+def scratch():
+    "The TMPDIR of processes that are killed, and leave their files. Sockets lie in it, and pytest's paths are long."
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import pytest
@@ -26,9 +27,10 @@ def command(variant, out):
 
 def in_two_processes(facesr, *command):
     "As the README says it for CPUs. torchrun ends both processes when one fails; a hang ends by the timeout."
-    launch = [str(Path(FACESR).with_name("torchrun")), "--nproc_per_node", "2", *command]
     environment = facesr.environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    with TemporaryDirectory() as logs:  # torchrun would leave its own
+        launch = [str(Path(FACESR).with_name("torchrun")), "--nproc_per_node", "2", "--log_dir", logs, *command]
+        return subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("variant", ["baseline", "deep"])

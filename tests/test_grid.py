@@ -98,10 +98,10 @@ def kernel_of(state, process):
     return next((k for k in kernels if any(str(state.parent) in f.path for f in k.open_files())), None)
 
 
-def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path):
+def test_a_worker_that_is_killed_costs_nothing_that_was_saved(tmp_path, scratch):
     "A Dask worker is killed while it trains; its run goes on elsewhere from the checkpoint, to the same bits."
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
-    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": scratch}
     study = [sys.executable, "-c", TWO_RUNS, str(tmp_path / "killed"), str(ROOT / "nbs")]
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(study, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

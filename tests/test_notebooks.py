@@ -147,12 +147,13 @@ def test_a_page_that_is_interrupted_goes_on_and_shows_what_another_process_has_c
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, scratch):
     "Results of a study that was killed, kernel and all, while it trained its second run, and started again."
     out = tmp_path_factory.mktemp("results")
     environment = {name: value for name, value in os.environ.items() if name != "FACESR_CELEBA"}
     command = [FACESR, "study", "--preset", "smoke", "--out", str(out)]
-    killed = Popen(command, cwd=ROOT, env=environment, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+    elsewhere = environment | {"TMPDIR": scratch}
+    killed = Popen(command, cwd=ROOT, env=elsewhere, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
     while not (out / "smoke" / "heatmap" / "seed0" / "checkpoint" / "state.pt").exists():
         assert killed.poll() is None, "the study ended before it could be killed"
         sleep(0.05)

@@ -84,7 +84,7 @@ test: .venv/ready
 	@cmp -s .venv/before.diff .venv/after.diff || { git status --short --untracked-files=no; \
 	  echo 'notebooks, exported modules and README are out of step; "make prepare" has just mended that: look at git diff and commit' >&2; exit 1; }
 	$(bin)/ruff check facesr nbs tests
-	$(bin)/nbdev_test --n_workers 1 --do_print
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT; TMPDIR=$$folder $(bin)/nbdev_test --n_workers 1 --do_print
 	OMP_NUM_THREADS=1 $(bin)/pytest -q -n 2 --dist loadfile tests
 
 lab: .venv/ready

@@ -458,7 +458,7 @@ def measure_interpolation(
     "Keep the per-image table of an interpolation, unless a kept one is of these faces and metrics."
     stamps = [place / "interpolation" / f"{method}.json" for place in (folder, *kept)]
     made_of = measured_of(found)
-    there = [stamp for stamp in stamps if stamp.is_file() and stamp.with_suffix(".csv").is_file()]
+    there = [stamp for stamp in stamps if stamp.is_file() and any(stamp.parent.glob(f"{stamp.stem}.csv*"))]
     if not any(made_of.items() <= kept_record(stamp)["made of"].items() for stamp in there):
         measure(stamps[0], lambda lr: interpolate(lr, method), found, kernel, made_of)
 
@@ -511,7 +511,7 @@ def read_interpolation(
     record = kept_record(stamp)
     measured = metrics_among(record["test"])
     with usable(stamp.with_suffix(".csv"), FACES_REMEDY):
-        table = read_table(stamp.with_suffix(".csv"), ["name", *measured])
+        table = read_table(table_content(stamp.with_suffix(".csv")), ["name", *measured])
         check_names(table["name"], run)
         table = with_numbers(table, measured, infinite=measured)
         check_scores(table, record["test"])

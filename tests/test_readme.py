@@ -100,7 +100,7 @@ def test_the_summary_is_that_of_the_runs(preset):
     for run in find_runs(ROOT / "results", preset):
         tables.setdefault(run.variant, []).append(read_table(run.folder, "per_image.csv"))
     summary = read_summary(ROOT / "results" / preset / "summary.csv")
-    floors = {m: pd.read_csv(ROOT / "results" / preset / "interpolation" / f"{m}.csv") for m in INTERPOLATIONS}
+    floors = {m: read_table(ROOT / "results" / preset / "interpolation", f"{m}.csv") for m in INTERPOLATIONS}
     assert set(summary) == {*tables, *INTERPOLATIONS}
     for row, seeds in (tables | {method: [table] for method, table in floors.items()}).items():
         assert "psnr" in summary[row]

@@ -137,6 +137,15 @@ def warp(
 # %% ../nbs/00_degradation.ipynb #5ad81c03
 PHOTOGRAPH = "photograph"  # the name of this degradation
 DEGRADATIONS = KERNELS | {PHOTOGRAPH: "a small face of a photograph, turned, with noise and JPEG, cut out inexactly"}
+
+
+def lr_size(
+    degradation: str,  # a name in `DEGRADATIONS`
+) -> int:
+    "Pixels a side of the network's input."
+    return 2 * LR_SIZE if degradation == PHOTOGRAPH else LR_SIZE
+
+# %% ../nbs/00_degradation.ipynb #5ad81c0c
 TAKEN = {
     "side": (9, 48),      # pixels of the crop in the photograph, evenly on a scale of logarithms
     "turn": 40,           # degrees, at most
@@ -145,13 +154,6 @@ TAKEN = {
     "quality": (60, 98),  # of JPEG, in three of four
     "astray": 0.4,        # pixels of the photograph, standard deviation of a landmark
 }
-
-
-def lr_size(
-    degradation: str,  # a name in `DEGRADATIONS`
-) -> int:
-    "Pixels a side of the network's input."
-    return 2 * LR_SIZE if degradation == PHOTOGRAPH else LR_SIZE
 
 # %% ../nbs/00_degradation.ipynb #5ad81c04
 def camera(
@@ -167,7 +169,7 @@ def camera(
     noisy.save(file := BytesIO(), "JPEG", quality=int(rng.integers(*TAKEN["quality"], endpoint=True)))
     return Image.open(file)
 
-# %% ../nbs/00_degradation.ipynb #5ad81c05
+# %% ../nbs/00_degradation.ipynb #5ad81c0e
 def similar(
     scale: float,
     degrees: float,
@@ -178,7 +180,7 @@ def similar(
     a = complex(scale * np.exp(1j * np.radians(degrees)))
     return a, place - a * centre
 
-
+# %% ../nbs/00_degradation.ipynb #5ad81c05
 def photographed(
     image: Image.Image,          # an aligned face, any size and mode; CelebA: 178x218 RGB
     seed: int,                   # decides all: same seed, same photograph

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'LARGEST', 'STEEPEST', 'SIDEWAYS', 'SQUARE', 'AGREES', 'SCALES', 'MAX_ENLARGED', 'TAKEN_OUT', 'Finder',
-           'NOT_EVIDENCE', 'why_not', 'square_of', 'face_mask', 'agreeing', 'set_back', 'Decided', 'Redrawn',
+           'NOT_EVIDENCE', 'why_not', 'square_of', 'face_mask', 'agreeing', 'set_back', 'Decided', 'Redrawn', 'seen_by',
            'Photograph', 'photograph_files']
 
 # %% ../nbs/20_photograph.ipynb #09a29c8d
@@ -92,7 +92,9 @@ def agreeing(
 ) -> np.ndarray:
     "The drawn face with the coarse structure and the colours of what is there."
     blur = lambda x: cv2.GaussianBlur(x, (0, 0), AGREES * scale, borderType=cv2.BORDER_REPLICATE)
-    return drawn + blur((enlarged - drawn) * mask) / (blur(mask)[..., None] + 1e-3)
+    coarse = drawn + blur((enlarged - drawn) * mask) / (blur(mask)[..., None] + 1e-3)
+    rim = mask * ((mask > 0) & (mask < 1))
+    return coarse + ((enlarged - coarse) * rim).sum((0, 1)) / (rim.sum() + 1e-3)
 
 # %% ../nbs/20_photograph.ipynb #7c1ba447
 def set_back(
@@ -151,10 +153,19 @@ def _taken(image: Image.Image | str | Path) -> Image.Image:
     with nullcontext() if isinstance(image, Image.Image) else naming(str(image)):
         return opened(image)
 
-# %% ../nbs/20_photograph.ipynb #37a337fe
+# %% ../nbs/20_photograph.ipynb #5ad81c61
 Finder = Callable[..., list[FoundFace]]  # image, progress -> its faces
 
 
+def seen_by(
+    upscaler: Upscaler,
+    image: Image.Image,  # RGB, the photograph
+    face: FoundFace,
+) -> Image.Image:        # RGB, of the size that its network takes
+    "What the network gets to see of a face."
+    return square_of(image, face.fit, upscaler.network.lr_size)
+
+# %% ../nbs/20_photograph.ipynb #37a337fe
 class Photograph:
     """Enlarges photographs, and draws their small faces again.
 
@@ -178,14 +189,6 @@ class Photograph:
         image = _taken(image)
         return [Decided(face, why_not(face, image.size)) for face in self.finder(image, progress=progress)]
 
-    def input(
-        self,
-        image: Image.Image,  # RGB
-        face: FoundFace,
-    ) -> Image.Image:        # RGB, of the size that the network takes
-        "What the network gets to see of a face."
-        return square_of(image, face.fit, self.upscaler.network.lr_size)
-
     def draw(
         self,
         image: Image.Image | str | Path,  # of any mode, or a file
@@ -198,7 +201,7 @@ class Photograph:
         chosen = sorted((each.face for each in faces if not each.why), key=lambda face: face.side)
         enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
         if chosen:
-            lr = torch.cat([image_tensor(self.input(image, face)) for face in chosen])
+            lr = torch.cat([image_tensor(seen_by(self.upscaler, image, face)) for face in chosen])
             for face, sr in zip(chosen, to_uint8(self.upscaler.upscale(to_float(lr)))):
                 set_back(enlarged, Image.fromarray(sr.permute(1, 2, 0).numpy()), face.fit, scale)
         return enlarged
@@ -281,7 +284,7 @@ def _done(
     rows = []
     for each in redrawn.faces:
         if not each.why:
-            (a, b), small = each.face.fit, photograph.input(image, each.face)
+            (a, b), small = each.face.fit, seen_by(photograph.upscaler, image, each.face)
             rows.append((image_tensor(small), square_of(redrawn.picture, (a / scale, b), HR_SIZE)))
     size = {"width": image.width, "height": image.height}
     return {"output": str(output), **size, "faces": [_listed(each) for each in redrawn.faces]}, rows

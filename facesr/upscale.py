@@ -431,9 +431,9 @@ class _TensorUpscaler:
         self.fidelity = float(fidelity)
 
     @cached_property
-    def _ends(self) -> list[SuperResolutionUNet]:
-        "The networks of both ends of the dial, made when doubt is asked for the first time."
-        return [self.dial.network(end).to(self.device) for end in (0, 1)]
+    def _asked(self) -> list[SuperResolutionUNet]:
+        "Whose answers doubt compares, made when it is asked for: both ends of the dial, or the only network."
+        return [self.network] if self.dial is None else [self.dial.network(end).to(self.device) for end in (0, 1)]
 
     @torch.inference_mode()
     def upscale(
@@ -452,12 +452,11 @@ class _TensorUpscaler:
 
         It is blind to mistakes that all answers share. Where the dial stands does not matter."""
         draw = partial(_in_batches, size=self.batch_size, device=self.device)
-        asked = [self.network] if self.dial is None else self._ends
         doubt = torch.empty(len(lr), HR_SIZE, HR_SIZE, device=lr.device)
         for first in range(0, len(lr), self.batch_size):
             part = lr[first : first + self.batch_size]
-            straight = [draw(network, part) for network in asked]
-            mirrored = [draw(network, part.flip(-1)).flip(-1) for network in asked]
+            straight = [draw(network, part) for network in self._asked]
+            mirrored = [draw(network, part.flip(-1)).flip(-1) for network in self._asked]
             doubt[first : first + len(part)] = _spread(straight + mirrored)
         return doubt
 

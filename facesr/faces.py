@@ -766,7 +766,7 @@ def _decoded(
             return Unusable(f"{image.width}x{image.height} is smaller than {HR_SIZE}x{HR_SIZE}", min(image.size))
         digest = hashlib.sha256(content).digest()
         if degradation == PHOTOGRAPH:
-            levels = photographed(image, int.from_bytes(digest[:8]) + seed)
+            levels = photographed(image, int.from_bytes(digest[:8], "big") + seed)
         else:
             levels = pyramid(hr_face(image), degradation)
     except FileNotFoundError:

@@ -242,6 +242,16 @@ def _sentence(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     return f"{name} is {found!r}; {reason[0].lower() + reason[1:]}"
 
+# %% ../nbs/12_study.ipynb #5ad81c82
+def _not_of_photographs(config: Config) -> str:  # empty: all goes with them
+    "What does not go with faces of photographs, and what is allowed."
+    if config.supervision != "output":
+        return f"supervision is {config.supervision!r}; inputs have 32 pixels themselves, so only 'output' is allowed"
+    if config.attention_weight > 0 and config.attention_map not in ("uniform", "edges"):
+        found = f"attention_map is {config.attention_map!r}"
+        return f"{found}; no map lies where such a face does, so only 'uniform' and 'edges' are allowed"
+    return f"artefacts is {config.artefacts}; inputs have them, so only 0 is allowed" if config.artefacts else ""
+
 # %% ../nbs/12_study.ipynb #7713a132
 def resolve(
     variant: str = "baseline",  # a name in VARIANTS or CONTROLS
@@ -258,11 +268,8 @@ def resolve(
         config = Config(**chosen | {"variant": variant, "preset": preset})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
-    if config.degradation == PHOTOGRAPH and config.supervision != "output":
-        raise ValueError(
-            f"supervision is {config.supervision!r}; with degradation {PHOTOGRAPH!r} only 'output' is allowed: its "
-            "inputs have 32 pixels themselves"
-        )
+    if config.degradation == PHOTOGRAPH and (wrong := _not_of_photographs(config)):
+        raise ValueError(f"{wrong} with degradation {PHOTOGRAPH!r}")
     if config.perceptual_weight == config.pixel_weight == config.attention_weight == 0:
         raise ValueError(
             "pixel_weight, perceptual_weight and attention_weight are all 0; at least one term has to be minimised"

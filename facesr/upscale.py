@@ -863,11 +863,18 @@ Super-resolution to 128x128 by facesr: {settings}, {parameters:,} parameters.
 trained on CelebA are for non-commercial research; those trained on other images may be bound by the licence of these.
 
 ```python
-import facesr
-
-facesr.Upscaler.from_pretrained("hf://OWNER/NAME")("image.jpg", prepare="face-crop").save("larger.png")
+{use}.save("larger.png")
 ```
 """
+_USES = {  # by the size of the input
+    16: """import facesr
+
+facesr.Upscaler.from_pretrained("hf://OWNER/NAME")("image.jpg", prepare="face-crop")""",
+    32: """from facesr import Upscaler
+from facesr.photograph import Photograph
+
+Photograph(Upscaler.from_pretrained("hf://OWNER/NAME"))("image.jpg").picture""",
+}
 
 
 def _about_run(
@@ -902,7 +909,7 @@ def export_hub(
         about = _ONE_OF.format(name=name) + (WEIGHTS / "README.md").read_text(encoding="utf-8")
     else:
         name, settings = folder.resolve().name, ", ".join(f"{key} {value}" for key, value in network.settings.items())
-        about = _CARD.format(name=name, settings=settings, parameters=size)
+        about = _CARD.format(name=name, settings=settings, parameters=size, use=_USES[network.lr_size])
     sizes = {"library_name": "facesr", "lr_size": network.lr_size, "hr_size": HR_SIZE, "parameters": size}
     turned = {} if file else {"fidelity": upscaler.fidelity}
     write_atomically(folder / HUB_WEIGHTS, model_bytes(network))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import BUNDLED, ROOT
 from PIL import Image
 
@@ -63,7 +64,8 @@ def address(clone, tmp_path_factory):
     options = f"--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --IdentityProvider.token=''"
     command = ["make", "-o", ".venv/ready", "lab", f"bin={Path(sys.executable).parent}", f"LAB={options}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "FACESR"))}
-    environment = inherited | {"HOME": str(home), "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    threads = str(torch.get_num_threads())  # with another number the network rounds otherwise
+    environment = inherited | {"HOME": str(home), "PYTHONPATH": str(clone), "OMP_NUM_THREADS": threads}
     url, opener = f"http://127.0.0.1:{port}", urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -128,9 +130,13 @@ def chooser(opened):
 
 
 def shown(image):
-    "The pixels that an image of the page was given."
+    "The pixels that an image of the page was given; while another one takes its place, it cannot be decoded."
     drawn = """async image => {
-        await image.decode()
+        for (let tries = 100; ; tries--)
+            try { await image.decode(); break } catch (error) {
+                if (!tries) throw error
+                await new Promise(done => setTimeout(done, 50))
+            }
         const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight)
         canvas.getContext("2d").drawImage(image, 0, 0)
         return Array.from(new Uint8Array(await (await canvas.convertToBlob()).arrayBuffer()))

@@ -6,8 +6,8 @@
 __all__ = ['BUNDLED', 'NUMBER', 'MAX_LINE', 'SPLITS', 'PEOPLE', 'ATTRIBUTES', 'Place', 'NOT_LOOKED_INTO', 'ALIGNED',
            'MASK_COLOURS', 'FEWEST', 'ANNOTATIONS', 'ROBOFLOW', 'LINE_SECONDS', 'find_data', 'read_lines', 'Row',
            'read_rows', 'read_partition', 'read_people', 'read_attributes', 'FaceSet', 'files_below', 'coco_files',
-           'find_faces', 'Unusable', 'Pixels', 'read_pixels', 'left_out', 'spoilt', 'Every', 'duration', 'Pace',
-           'Batch', 'sent', 'FaceDataset', 'epoch_keys', 'EpochBatches']
+           'find_faces', 'Unusable', 'Pixels', 'read_pixels', 'left_out', 'Every', 'duration', 'Pace', 'Batch', 'sent',
+           'FaceDataset', 'epoch_keys', 'EpochBatches']
 
 # %% ../nbs/02_faces.ipynb #12008bb4
 import csv
@@ -28,11 +28,9 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .degradation import hr_face, HR_SIZE, LR_SIZE, lr_size, photographed, PHOTOGRAPH, pyramid
-from .degradation import PYRAMID_SIZES, to_float, with_artefacts
+from .degradation import hr_face, HR_SIZE, lr_size, photographed, PHOTOGRAPH, pyramid, PYRAMID_SIZES, to_float
 from .images import file_content, IMAGE_SUFFIXES, MAX_BYTES, read_image
 
 # %% ../nbs/02_faces.ipynb #fa18511b
@@ -843,21 +841,6 @@ def left_out(skipped: dict[str, str]) -> str:  # why, by name
     shown = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
     more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
     return f"left out {len(skipped):,} images that give no face: {shown}{more}"
-
-# %% ../nbs/02_faces.ipynb #7d1f3c31
-def spoilt(
-    pixels: Pixels,
-    share: float,  # of the faces, in [0, 1]
-    seed: int,
-) -> Pixels:
-    "The same faces, a share of the inputs with artefacts; targets are as they were."
-    lr = pixels.levels[LR_SIZE].clone()
-    for row, name in enumerate(pixels.names):
-        rng = random.Random(f"{seed}/{name}")
-        if rng.random() < share:
-            image = Image.fromarray(lr[row].permute(1, 2, 0).contiguous().numpy())
-            lr[row] = torch.from_numpy(np.array(with_artefacts(image, rng.getrandbits(32)))).permute(2, 0, 1)
-    return replace(pixels, levels=pixels.levels | {LR_SIZE: lr})
 
 # %% ../nbs/02_faces.ipynb #dd09f943
 LINE_SECONDS = 30.0  # between lines

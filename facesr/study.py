@@ -146,7 +146,6 @@ class WhichRun(BaseModel):
     test_faces: int | None = Field(None, ge=1, description="the same for the test")
     skip_unreadable: bool = Field(False, description="leave out images that cannot be decoded instead of stopping")
     degradation: str = Field("bilinear-cascade", description="how inputs are made, a name in DEGRADATIONS")
-    artefacts: float = Field(0.0, ge=0, le=1, description="share of training inputs with noise and JPEG's traces")
     flips: bool = Field(True, description="mirror half of the training faces, another half every epoch")
     # network; None: the default of conv
     conv: str = Field("separable", description="kind of convolutions, a name in CONVS")
@@ -250,7 +249,7 @@ def _not_of_photographs(config: Config) -> str:  # empty: all goes with them
     if config.attention_weight > 0 and config.attention_map not in ("uniform", "edges"):
         found = f"attention_map is {config.attention_map!r}"
         return f"{found}; no map lies where such a face does, so only 'uniform' and 'edges' are allowed"
-    return f"artefacts is {config.artefacts}; inputs have them, so only 0 is allowed" if config.artefacts else ""
+    return ""
 
 # %% ../nbs/12_study.ipynb #7713a132
 def resolve(

@@ -39,7 +39,7 @@ from torch import Tensor
 from .degradation import HR_SIZE, PHOTOGRAPH, to_float, to_uint8
 from .detection import bundled_detector, drawn_boxes
 from .faces import EpochBatches, Every, FaceDataset, FaceSet, LINE_SECONDS, Pace, Pixels, duration, find_data
-from .faces import find_faces, left_out, read_pixels, spoilt
+from .faces import find_faces, left_out, read_pixels
 from .heatmaps import BUNDLED_PARTS, Recipe
 from .images import picture_rows
 from .loop import Loop, Means, accelerator_for, device_of, has_bfloat16
@@ -50,7 +50,7 @@ from .perceptual import MissingWeights, find_weights
 from .model import SuperResolutionUNet, channels_last, gmac, load_model, model_bytes, parameter_count
 from .runs import RunProgress, choose_shown, default_out, first_weights, from_clone, is_complete, load_checkpoint
 from .runs import made_of, provenance, publish, read_json, run_folder, run_state, save_checkpoint, shown_picture
-from .runs import sweep, read_table, take_run, write_atomically, write_json, write_progress
+from .runs import sweep, read_run, read_table, take_run, write_atomically, write_json, write_progress
 from .statistics import summarise
 from .store import HeatmapStore, make_heatmaps, store_path
 from .study import as_folder, Config, needs_heatmaps
@@ -91,7 +91,7 @@ def _read_split(config: Config, faces: FaceSet, split: str, names: list[str]) ->
     pixels = read_pixels(faces.images, names, config.degradation, config.skip_unreadable, seed)
     if not pixels.names:
         raise ValueError(f"none of the {len(names):,} {split} faces can be read ({faces})")
-    return spoilt(pixels, config.artefacts, config.seed) if split == "train" and config.artefacts else pixels
+    return pixels
 
 # %% ../nbs/15_training.ipynb #fe3f957b
 def open_heatmaps(
@@ -876,8 +876,8 @@ def judge_later(
     Raises ValueError where test faces or weights are not those of the run."""
     folder, source = Path(folder), find_faces(data)
     record, metrics = (read_json(folder / name) for name in ("config.json", "metrics.json"))
-    config, table = Config(**record["config"]), read_table(folder, "per_image.csv")
-    test = read_pixels(source.images, list(table["name"]), config.degradation)
+    degradation, table = read_run(folder).config["degradation"], read_table(folder, "per_image.csv")
+    test = read_pixels(source.images, list(table["name"]), degradation)
     if test.fingerprint != record["faces"]["splits"]["test"]["sha256"]:
         raise ValueError(f"{source.images} holds other test faces than those of {folder}")
     if "identity_cosine" in table:
@@ -885,7 +885,7 @@ def judge_later(
     if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != metrics["weights_sha256"]:
         raise ValueError(f"{folder / 'model.safetensors'} has other weights than those that were measured")
     model = load_model(folder / "model.safetensors").eval()
-    more = judged(source, test, model, table, config.degradation, torch.device("cpu"), report)
+    more = judged(source, test, model, table, degradation, torch.device("cpu"), report)
     if len(more.columns) > len(table.columns):
         write_json(folder / "metrics.json", metrics | {"test": summarise(more) | metrics["test"]})
         write_atomically(folder / "per_image.csv", more.to_csv(index=False, float_format="%.6g"))  # last: it is asked

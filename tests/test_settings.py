@@ -43,7 +43,6 @@ def stepped(trainer, steps=2):
 
 FELT = [  # what is changed, and where from
     ({"seed": 1}, {}), ({"degradation": "area"}, {}), ({"flips": False}, {}), ({"width": 16}, {}), ({"blocks": 2}, {}),
-    ({"artefacts": 1.0}, {}),
     ({"conv": "standard", "blocks": 1}, {}), ({"filtered": False}, {}), ({"train_faces": 12}, {}),
     ({"batch_size": 2}, {}), ({"epochs": 2}, {}),
     ({"pixel_weight": 0.5}, ATTENTIVE), ({"attention_weight": 1.0}, ATTENTIVE), ({"attention_map": "edges"}, ATTENTIVE),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONVS', 'HEAD_SIZES', 'PUBLISHED_NAMES', 'parameter_count', 'activation', 'double_conv', 'DenseResidual',
-           'DenseMerge', 'SeparableResidual', 'shuffle_up', 'SeparableMerge', 'separable', 'standard', 'Binomial',
-           'channels_last', 'global_skip', 'SuperResolutionUNet', 'DeepSupervision', 'model_bytes', 'published_name',
-           'load_model', 'gmac', 'fastest']
+           'DenseMerge', 'SeparableResidual', 'ShuffledConv2d', 'shuffle_up', 'SeparableMerge', 'separable', 'standard',
+           'Binomial', 'channels_last', 'global_skip', 'SuperResolutionUNet', 'DeepSupervision', 'model_bytes',
+           'published_name', 'load_model', 'gmac', 'fastest']
 
 # %% ../nbs/06_model.ipynb #60c72c7d
 import json
@@ -88,9 +88,24 @@ class SeparableResidual(nn.Module):
         return torch.addcmul(x, self.scale, self.body(x))
 
 # %% ../nbs/06_model.ipynb #203c7949
+class ShuffledConv2d(nn.Conv2d):
+    """A convolution to four times the channels, then PixelShuffle: twice the size.
+
+    The numbers of nn.Conv2d and nn.PixelShuffle(2), sooner: the convolution writes channels in the order in which the
+    pixels of the result lie side by side in channels_last, so that they are moved in pieces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # ONNX has an operator for it, and a compiler its own way
+            return functional.pixel_shuffle(super().forward(x), 2)
+        weight, bias = (w.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1) for w in (self.weight, self.bias))
+        x = self._conv_forward(x, weight, bias).permute(0, 2, 3, 1)                # [B, H, W, 4 C]
+        rows = x.unflatten(3, (2, -1)).transpose(2, 3).flatten(1, 2)               # [B, 2 H, W, 2 C]
+        return rows.unflatten(3, (2, -1)).flatten(2, 3).permute(0, 3, 1, 2)        # [B, C, 2 H, 2 W]
+
+
 def shuffle_up(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
-    "Twice the size: a convolution to four times the channels, then PixelShuffle."
-    return nn.Sequential(nn.Conv2d(inputs, 4 * outputs, kernel, 1, kernel // 2), nn.PixelShuffle(2))
+    "Twice the size. It is a sequence for the sake of names in files."
+    return nn.Sequential(ShuffledConv2d(inputs, 4 * outputs, kernel, 1, kernel // 2))
 
 # %% ../nbs/06_model.ipynb #8c444752
 class SeparableMerge(nn.Module):

@@ -16,6 +16,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from nbdev.clean import nbdev_clean
 from PIL import Image
+from test_tables import celeba_of
 from traitlets.config import Config as ShellConfig
 
 from facesr import reporting
@@ -248,6 +249,17 @@ def test_other_faces_than_those_of_the_runs_are_refused(shell, trained, tmp_path
     monkeypatch.setenv("FACESR_CELEBA", str(tmp_path / "faces"))
     with pytest.raises(ValueError, match="baseline was tested on other faces than those found now"):
         make_report(shell, out=trained)
+
+
+def test_the_report_of_photographs(shell, tmp_path):
+    "Of people, so that dlib judges where it is installed."
+    (data := tmp_path / "data").mkdir()
+    celeba_of(data, 24)
+    small = {"train_faces": 8, "epochs": 1, "batch_size": 8, "width": 16, "blocks": 1, "lpips_weight": 0}
+    train(resolve("uniform", "photographs", mixed_precision="no", **small), data, tmp_path, report=str)
+    text = make_report(shell, preset="photographs", out=tmp_path, data=data)
+    assert "There is one variant only" in text
+    assert pd.read_csv(tmp_path / "photographs" / "interpolation" / "bicubic.csv")["psnr"].notna().sum() == 8
 
 
 def copy_shifted(trained, out, variant, source, seed, shift):

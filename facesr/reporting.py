@@ -430,7 +430,8 @@ def measure(
     table.insert(1, "person", found.people)
     if "identity" in made_of:
         evaluated = predict(model, one_face_each(found.test, found.people))
-        table = table.merge(evaluate(evaluated, Evaluator((), groups=("identity",), kernel=kernel)), on="name", how="left")
+        likeness = Evaluator((), groups=("identity",), kernel=kernel)
+        table = table.merge(evaluate(evaluated, likeness), on="name", how="left")
     target = Grid()
     for some in found.test.levels[HR_SIZE].split(10):
         target.add(some)

@@ -23,11 +23,11 @@ from facesr import reporting
 from facesr.degradation import INTERPOLATIONS
 from facesr.runs import find_runs
 from facesr.statistics import summarise
-from facesr.study import resolve
+from facesr.study import ADDED, PARAMETERS, resolve
 from facesr.training import train
 
 VARIANTS = ("baseline", "heatmap")
-REPORT = nbformat.read(ROOT / "nbs" / "report.ipynb", 4)
+REPORT, TRAIN = (nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4) for name in ("report", "train"))
 CODE = [cell for cell in REPORT.cells if cell.cell_type == "code"]
 
 
@@ -52,11 +52,18 @@ def shell(monkeypatch):
     InteractiveShell.clear_instance()
 
 
+def run_page(shell, page, parameters):
+    "Run a notebook with these parameters; gives back what it says."
+    sources = (cell.source for cell in page.cells if cell.cell_type == "code")
+    code = [source.replace("%matplotlib inline\n", "") for source in sources]  # magic of a kernel
+    given = "\n".join(f"{name} = {str(value)!r}" for name, value in parameters.items())
+    first = next(i for i, cell in enumerate(code) if cell.startswith(PARAMETERS))
+    return shell(*code[: first + 1], f"{ADDED}\n{given}", *code[first + 1 :])
+
+
 def make_report(shell, **parameters):
     "Run the report on smoke runs; gives back what it says."
-    first, *others = (cell.source for cell in CODE)
-    given = "\n".join(f"{name} = {str(value)!r}" for name, value in ({"preset": "smoke"} | parameters).items())
-    return shell(first, f"# Parameters\n{given}", *others)
+    return run_page(shell, REPORT, {"preset": "smoke"} | parameters)
 
 
 def content(folder):
@@ -251,13 +258,14 @@ def test_other_faces_than_those_of_the_runs_are_refused(shell, trained, tmp_path
         make_report(shell, out=trained)
 
 
-def test_the_report_of_photographs(shell, tmp_path):
-    "Of people, so that dlib judges where it is installed."
+def test_training_and_report_of_photographs(shell, tmp_path):
+    "Both pages, on inputs of another size; of people, so that dlib judges where it is installed."
     (data := tmp_path / "data").mkdir()
     celeba_of(data, 24)
+    where = {"preset": "photographs", "data": data, "out": tmp_path}
     small = {"train_faces": 8, "epochs": 1, "batch_size": 8, "width": 16, "blocks": 1, "lpips_weight": 0}
-    train(resolve("uniform", "photographs", mixed_precision="no", **small), data, tmp_path, report=str)
-    text = make_report(shell, preset="photographs", out=tmp_path, data=data)
+    run_page(shell, TRAIN, where | small | {"variant": "uniform", "mixed_precision": "no"})
+    text = make_report(shell, **where)
     assert "There is one variant only" in text
     assert pd.read_csv(tmp_path / "photographs" / "interpolation" / "bicubic.csv")["psnr"].notna().sum() == 8
 

@@ -124,6 +124,8 @@ def test_the_dial_is_that_of_the_tables():
     points = pd.read_csv(HOME / "dial.csv")
     bicubic = json.loads((ROOT / "results" / "celeba" / "interpolation" / "bicubic.json").read_text())["test"]
     beside = {name: record(path).metrics["test"] for name, path in SUMMARY["candidates"].items()}
+    for conv in ("separable", "standard"):
+        beside[f"{conv}, 3 passes"] = record(f"three/{conv}/celeba/uniform/seed0").metrics["test"]
     known = {"bicubic": bicubic} | beside
     dial = points[points["name"] == "dial"]
     assert dial["fidelity"].tolist() == pytest.approx(STOPS)
